@@ -1,0 +1,94 @@
+"""Loading any transformers network: by hub name, folder, or GGUF file (converted once and cached)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+
+def load_pretrained(
+    auto_class: str,
+    model: str,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """A transformers network, in training mode.
+
+    Args:
+        auto_class: A class of transformers, such as `"AutoModelForCausalLM"`.
+        model: Hub name, folder, or a path that ends in `.gguf`.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"` (as stored).
+        attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...; `None` takes the network's default.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Allow networks whose code lives on the hub.
+        **kwargs: Further arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: `dtype` is not one of the above.
+        FileNotFoundError: `model` ends in `.gguf` and there is no such file.
+    """
+    import torch
+    import transformers
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r} is not known: use 'float32', 'bfloat16', 'float16' or 'auto'.")
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    if str(model).endswith(".gguf"):
+        model = str(converted_gguf(Path(model), auto_class))
+    network = getattr(transformers, auto_class).from_pretrained(
+        model,
+        dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        **kwargs,
+    )
+    # `from_pretrained` returns a network in eval mode and Lightning keeps the mode it finds: dropout would stay off.
+    return network.train()
+
+
+def load_tokenizer(tokenizer: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A tokenizer by hub name, folder or `.gguf` file; one without a padding token pads with its end-of-text token."""
+    import transformers
+
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if str(tokenizer).endswith(".gguf"):
+        tokenizer = str(converted_gguf(Path(tokenizer), "AutoModelForCausalLM"))
+    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer, **options)
+    if loaded.pad_token is None:
+        loaded.pad_token = loaded.eos_token
+    return loaded
+
+
+def converted_gguf(path: Path, auto_class: str) -> Path:
+    """The folder of safetensors that holds `path`'s network, made on first use: reading GGUF takes half a minute.
+
+    The cache stands in `$LIGHTNING_PEFT_CACHE`, else `~/.cache/lightning_peft`, keyed by file name, size and time.
+    """
+    import transformers
+
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"model={str(path)!r} ends in .gguf but there is no such file.")
+    stat = path.stat()
+    key = hashlib.sha256(f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}:{auto_class}".encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("LIGHTNING_PEFT_CACHE", Path.home() / ".cache" / "lightning_peft"))
+    folder = cache / f"{path.stem}-{key}"
+    if not (folder / "config.json").is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(dir=cache))  # renamed when whole, so that a kill leaves no half network
+        source: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
+        getattr(transformers, auto_class).from_pretrained(**source).save_pretrained(unfinished)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # another process was quicker
+            shutil.rmtree(unfinished)
+    return folder

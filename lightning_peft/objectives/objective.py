@@ -1,0 +1,110 @@
+"""The contract every objective stands on: what a technique may say about the loss of one optimizer step.
+
+The step is (ARCHITECTURE, contract 1)
+
+    loss = sum_i w_i nll_i / count  +  sum_k coefficient_k sum_i nll_ki / count_k  +  sum_j numerator_j / count_j
+
+with `w` the product of every objective's `loss_weights`, the second sum over `head_terms` (further hidden states read
+by the same output matrix), the third over `auxiliary_losses`; every count is that of the whole optimizer step, over its
+micro-batches and ranks. Weights multiply and terms add, so objectives combine in any order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lightning_peft.kernels import Rows
+    from lightning_peft.models import FineTuningModule
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class HeadTerm:
+    """A further loss read through the model's own output matrix, in the same kernel call as the model's own rows.
+
+    Args:
+        name: The term's name in logs and counts, unique in a run.
+        hidden: Hidden states, shape [batch, time, width].
+        labels: The token each position predicts, shape [batch, time]; -100 where it predicts nothing.
+        coefficient: What the term's mean is multiplied by in the loss.
+    """
+
+    name: str
+    hidden: Tensor
+    labels: Tensor
+    coefficient: float
+
+
+@dataclass
+class TrunkState:
+    """What the network's last block was given, seen from inside the output head's forward.
+
+    Args:
+        final: The hidden state that the head reads (after the final norm), shape [batch, time, width].
+        penultimate: The input of the last transformer block, shape [batch, time, width].
+        block_args: The other positional arguments of that block (mask, positions, ...).
+        block_kwargs: Its keyword arguments, without caches.
+    """
+
+    final: Tensor
+    penultimate: Tensor
+    block_args: tuple[Any, ...]
+    block_kwargs: dict[str, Any]
+
+
+class Objective:
+    """One technique's say in the loss. Override what the technique needs; everything else stays as it is.
+
+    An objective is a plain object: it holds arguments and small state, the module holds the layers it adds. Hand a list
+    of them to a `FineTuningModule`, append one from a callback with `module.add_objective`, or use its mixin.
+    """
+
+    #: `loss_weights` of a row depends on that row alone. Then the kernel asks for it chunk by chunk and a trainable
+    #: head costs three matrix products instead of four. Set False where a weight needs the whole batch.
+    rowwise: bool = True
+
+    def attach(self, module: FineTuningModule) -> None:
+        """Adds layers to `module`, or refuses it. Called once, when the network stands and before it is sharded."""
+
+    def transform_batch(self, module: FineTuningModule, batch: Batch) -> Batch:
+        """The batch to learn from. Runs in the loader, before the counts are taken, on the CPU."""
+        return batch
+
+    def counts(self, module: FineTuningModule, batch: Batch) -> dict[str, int]:
+        """The denominators of this objective's own terms: a pure function of the transformed batch."""
+        return {}
+
+    def loss_weights(self, module: FineTuningModule, batch: Batch, units: Rows) -> Tensor | None:
+        """A weight for each unit (token, example or pair), shape [n]; `None` leaves them alone.
+
+        Args:
+            module: The module in training.
+            batch: The batch, on the device.
+            units: Detached `nll`, `entropy`, `is_argmax`, `labels` and `index`, each [n]. `index` is the flat position
+                in `batch["labels"]` of the unit's *target*: a token-level column is `column.view(-1)[units.index]`.
+        """
+        return None
+
+    def needs_trunk(self, module: FineTuningModule) -> bool:
+        """Whether `head_terms` will want the last block's inputs in this step."""
+        return False
+
+    def head_terms(self, module: FineTuningModule, batch: Batch, trunk: TrunkState) -> list[HeadTerm]:
+        """Further losses read by the output matrix. Runs inside the head's own forward, where its weight is whole."""
+        return []
+
+    def auxiliary_losses(self, module: FineTuningModule, batch: Batch, outputs: Any) -> dict[str, Tensor]:
+        """Numerators of further terms, scalars, each divided by its entry in `counts`; coefficients included."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State for the checkpoint: JSON values and tensors only, since Lightning resumes with `weights_only=True`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
