@@ -140,32 +140,38 @@ class CausalLM(FineTuningModule):
         """All terms that the output matrix reads, in one call of the kernel over their labelled rows."""
         labels = batch["labels"]
         shifted = torch.cat([labels[:, 1:], labels.new_full((len(labels), 1), IGNORED)], dim=1)
-        terms = [HeadTerm("loss", hidden, shifted, 1.0), *further]
-        chosen = [(term.labels != IGNORED).flatten().nonzero().squeeze(1) for term in terms]
-        rows = torch.cat([_last(t.hidden, labels.shape[1])[c] for t, c in zip(terms, chosen)])
-        targets = torch.cat([t.labels.flatten()[c] for t, c in zip(terms, chosen)])
+        main = HeadTerm("loss", hidden, shifted, 1.0)
+        replaced = self.training and any(objective.replaces_main for objective in self.objectives)
+        shared = ([] if replaced else [main]) + [term for term in further if term.nll is None]
+        chosen = [(term.labels != IGNORED).flatten().nonzero().squeeze(1) for term in shared]
+        rows = torch.cat([hidden[:0, 0]] + [_last(t.hidden, labels.shape[1])[c] for t, c in zip(shared, chosen)])
+        targets = torch.cat([labels[0, :0]] + [t.labels.flatten()[c] for t, c in zip(shared, chosen)])
         sizes = [len(c) for c in chosen]
+        own_rows = 0 if replaced else sizes[0]
         # Coefficient over the step's count, row by row: what a term is multiplied by, known before the kernel.
-        factors = [t.coefficient / counts[t.name].clamp(min=1) for t in terms]
-        scale = torch.cat([factor.expand(size) for factor, size in zip(factors, sizes)])
-        # The main rows' target stands one position on; further terms take no weight, so theirs only has to be in range.
-        index = torch.cat([chosen[0] + 1, *chosen[1:]])
+        factors = {t.name: t.coefficient / counts[t.name].clamp(min=1) for t in (main, *further)}
+        scale = torch.cat([factors["loss"][None][:0]] + [factors[t.name].expand(n) for t, n in zip(shared, sizes)])
+        # A main row's target stands one position on. Further terms take no weight: theirs only has to be in range.
+        index = torch.cat([c + 1 if t is main else c for t, c in zip(shared, chosen)] or [targets])
 
         def weigh(units: Rows) -> Tensor:
             weights = self.loss_weights(batch, units._replace(index=index[units.index]))
             ones = torch.ones_like(units.nll)
-            return ones if weights is None else torch.where(units.index < sizes[0], weights.to(units.nll), ones)
+            return ones if weights is None else torch.where(units.index < own_rows, weights.to(units.nll), ones)
 
-        rule = weigh if self._has_weights(batch) else None
+        rule = weigh if own_rows and self._has_weights(batch) else None
         loss, units, weights = self._reduce(head, forward, rows, targets, scale, rule)
-        sums, per_term = {}, zip(terms, units.nll.split(sizes), weights.split(sizes))
-        for term, nll, weight in per_term:
-            sums[term.name] = (weight * nll).sum()
+        sums, sizes_of = {}, {}
+        for term, nll, weight in zip(shared, units.nll.split(sizes), weights.split(sizes)):
+            sums[term.name], sizes_of[term.name] = (weight * nll).sum(), len(nll)
+        for term in further:
+            if term.nll is not None:
+                loss = loss + factors[term.name] * term.nll.sum()
+                sums[term.name], sizes_of[term.name] = term.nll.detach().sum(), len(term.nll)
         if rule is not None:
-            sums["nll"] = units.nll[: sizes[0]].sum()
-        own = dict(zip([t.name for t in terms], sizes)) | ({"nll": sizes[0]} if rule is not None else {})
-        main = Rows(*(None if column is None else column[: sizes[0]] for column in units))
-        return StepTerms(loss, sums, own, main._replace(index=index[: sizes[0]]))
+            sums["nll"], sizes_of["nll"] = units.nll[:own_rows].sum(), own_rows
+        own = Rows(*(None if column is None else column[:own_rows] for column in units))
+        return StepTerms(loss, sums, sizes_of, own._replace(index=index[:own_rows]))
 
     def _reduce(
         self, head: nn.Module, forward: Forward, rows: Tensor, targets: Tensor, scale: Tensor, rule: Any

@@ -127,6 +127,8 @@ class FineTuningModule(L.LightningModule):
         for objective in objectives or []:
             self.add_objective(objective)
         self._step_counts: dict[str, Tensor] = {}
+        #: Optimizer step at which the present schedule began: a stage with a fresh optimizer sets it (see `callbacks`).
+        self.schedule_start = 0
 
     def load_network(self, model: str, dtype: str, attn: str | None, revision: str | None, trust: bool) -> nn.Module:
         """The network for a name; a subclass that needs further arguments overrides this."""
@@ -183,6 +185,16 @@ class FineTuningModule(L.LightningModule):
                 terms[name] = numerator
         return terms
 
+    @property
+    def schedule_step(self) -> int:
+        """Optimizer steps since the present schedule began."""
+        return self.global_step - self.schedule_start
+
+    @property
+    def schedule_steps(self) -> float:
+        """Optimizer steps of the present schedule in all; infinite where Lightning cannot know."""
+        return self.trainer.estimated_stepping_batches - self.schedule_start
+
     # -- denominators ---------------------------------------------------------------------------------------------
 
     @abstractmethod
@@ -200,6 +212,10 @@ class FineTuningModule(L.LightningModule):
         """Lets a look-ahead loader count for this module. `InstructionData` calls it; `on_train_start` does as well."""
         if hasattr(loader, "bind"):
             loader.bind(self.transform_batch, self.counts, self._window)
+
+    def on_fit_start(self) -> None:
+        for objective in self.objectives:
+            objective.on_fit_start(self)
 
     def on_train_start(self) -> None:
         for loader in self.trainer.fit_loop._combined_loader.flattened:
@@ -264,6 +280,8 @@ class FineTuningModule(L.LightningModule):
         for name, total in terms.sums.items():
             log_term(self, f"{stage}_{name}", total, terms.counts[name], dataloader_idx)
         self.log_units(stage, terms.units, dataloader_idx)
+        for objective in self.objectives:
+            objective.on_evaluated(self, stage, terms, dataloader_idx)
 
     def log_units(self, stage: str, units: Rows, dataloader_idx: int) -> None:
         """Metrics of the evaluated units, from the same pass: `{stage}_accuracy`."""
@@ -297,13 +315,13 @@ class FineTuningModule(L.LightningModule):
             return _imported(self.lr_scheduler, "lr_scheduler")(optimizer, **self.lr_scheduler_args)
         from transformers import get_scheduler
 
-        steps = self.trainer.estimated_stepping_batches
+        steps = self.schedule_steps
         warmup = self.warmup_steps
         if steps == float("inf"):
             if not self.lr_scheduler.startswith("constant") or 0 < warmup < 1:
                 raise ValueError(
-                    f"lr_scheduler={self.lr_scheduler!r} with warmup_steps={warmup} needs the number of steps, which is "
-                    "not known: set Trainer(max_steps=...) or use 'constant' or 'constant_with_warmup'."
+                    f"lr_scheduler={self.lr_scheduler!r} with warmup_steps={warmup} needs the number of steps, which "
+                    "is not known: set Trainer(max_steps=...) or use 'constant' or 'constant_with_warmup'."
                 )
             steps = 0
         warmup = round(warmup * steps) if 0 < warmup < 1 else int(warmup)

@@ -57,8 +57,8 @@ def head_of(network: nn.Module) -> nn.Module:
     head = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
     if head is None:
         raise ValueError(
-            f"{type(network).__name__} has no output head (get_output_embeddings() gives None): a causal language model "
-            "needs one, such as those that AutoModelForCausalLM loads."
+            f"{type(network).__name__} has no output head (get_output_embeddings() gives None): a causal language "
+            "model needs one, such as those that AutoModelForCausalLM loads."
         )
     return head
 

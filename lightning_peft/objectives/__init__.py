@@ -6,8 +6,10 @@ import importlib
 from typing import Any
 
 _lazy = {
+    "AuxiliaryHeadPretraining": "concept_aware",
+    "AuxiliaryHeadPretrainingCausalLM": "concept_aware",
     "AuxiliaryHeadPretrainingMixin": "concept_aware",
-    "AuxiliaryHeads": "concept_aware",
+    "AuxiliaryHeads": "auxiliary_heads",
     "ConceptAwareCausalLM": "concept_aware",
     "ConceptAwareFineTuning": "concept_aware",
     "ConceptAwareFineTuningMixin": "concept_aware",

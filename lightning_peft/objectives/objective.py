@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_peft.kernels import Rows
-    from lightning_peft.models import FineTuningModule
+    from lightning_peft.models.fine_tuning_module import FineTuningModule, StepTerms
 
 Batch = dict[str, Any]
 
@@ -32,12 +32,14 @@ class HeadTerm:
         hidden: Hidden states, shape [batch, time, width].
         labels: The token each position predicts, shape [batch, time]; -100 where it predicts nothing.
         coefficient: What the term's mean is multiplied by in the loss.
+        nll: The labelled rows' loss [n], where the term has an output matrix of its own and has already applied it.
     """
 
     name: str
     hidden: Tensor
     labels: Tensor
     coefficient: float
+    nll: Tensor | None = None
 
 
 @dataclass
@@ -68,8 +70,14 @@ class Objective:
     #: head costs three matrix products instead of four. Set False where a weight needs the whole batch.
     rowwise: bool = True
 
+    #: Training leaves the network's own loss out: this objective's terms are all there is (pre-training of heads).
+    replaces_main: bool = False
+
     def attach(self, module: FineTuningModule) -> None:
         """Adds layers to `module`, or refuses it. Called once, when the network stands and before it is sharded."""
+
+    def on_fit_start(self, module: FineTuningModule) -> None:
+        """Checks what only a run can tell (the number of steps, the data), before the first step."""
 
     def transform_batch(self, module: FineTuningModule, batch: Batch) -> Batch:
         """The batch to learn from. Runs in the loader, before the counts are taken, on the CPU."""
@@ -101,6 +109,9 @@ class Objective:
     def auxiliary_losses(self, module: FineTuningModule, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         """Numerators of further terms, scalars, each divided by its entry in `counts`; coefficients included."""
         return {}
+
+    def on_evaluated(self, module: FineTuningModule, stage: str, terms: StepTerms, dataloader_idx: int) -> None:
+        """Metrics of its own from a validation or test batch; `stage` is "val" or "test"."""
 
     def state_dict(self) -> dict[str, Any]:
         """State for the checkpoint: JSON values and tensors only, since Lightning resumes with `weights_only=True`."""
