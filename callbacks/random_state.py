@@ -75,6 +75,7 @@ class RandomState(L.Callback):
         if len(states) != trainer.world_size:
             raise ValueError(
                 f"the checkpoint holds the random state of {len(states)} processes and this run has "
-                f"{trainer.world_size}: resume with as many, or remove the RandomState callback to go on with new random numbers."
+                f"{trainer.world_size}: resume with as many, or remove the RandomState callback to go on with new "
+                "random numbers."
             )
         set_random_state(states[trainer.global_rank])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_peft.models.optimizers import OPTIMIZERS, imported, make_scheduler, parameter_groups
 from lightning_peft.models.pretrained import load_pretrained, load_tokenizer
 from lightning_peft.models.sharding import shard
 from lightning_peft.models.token_metrics import log_term
@@ -19,13 +19,6 @@ from lightning_peft.models.token_metrics import log_term
 if TYPE_CHECKING:
     from lightning_peft.kernels import Rows
     from lightning_peft.objectives.objective import Batch, HeadTerm, Objective, TrunkState
-
-OPTIMIZERS = {
-    "adamw": "torch.optim.AdamW",
-    "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
-    "adafactor": "transformers.Adafactor",
-    "sgd": "torch.optim.SGD",
-}
 
 
 @dataclass
@@ -108,7 +101,7 @@ class FineTuningModule(L.LightningModule):
         ignored += [] if tokenizer is None or isinstance(tokenizer, str) else ["tokenizer"]
         self.save_hyperparameters(ignore=ignored)
         self.optimizer_path = OPTIMIZERS.get(optimizer, optimizer)
-        _imported(self.optimizer_path, "optimizer")
+        imported(self.optimizer_path, "optimizer")
         self.learning_rate = learning_rate
         self.optimizer_args = optimizer_args or {}
         self.weight_decay = weight_decay
@@ -296,36 +289,15 @@ class FineTuningModule(L.LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What trains: matrices with `weight_decay`, biases and norms without."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        if not trained:
-            raise ValueError("no parameter of the module requires a gradient: nothing would train.")
-        groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        return parameter_groups(self, self.weight_decay)
 
     def configure_optimizers(self) -> Any:
-        optimizer_class = _imported(self.optimizer_path, "optimizer")
+        optimizer_class = imported(self.optimizer_path, "optimizer")
         optimizer = optimizer_class(self.parameter_groups(), lr=self.learning_rate, **self.optimizer_args)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler(optimizer), "interval": "step"}}
-
-    def _scheduler(self, optimizer: Any) -> Any:
-        if "." in self.lr_scheduler:
-            return _imported(self.lr_scheduler, "lr_scheduler")(optimizer, **self.lr_scheduler_args)
-        from transformers import get_scheduler
-
-        steps = self.schedule_steps
-        warmup = self.warmup_steps
-        if steps == float("inf"):
-            if not self.lr_scheduler.startswith("constant") or 0 < warmup < 1:
-                raise ValueError(
-                    f"lr_scheduler={self.lr_scheduler!r} with warmup_steps={warmup} needs the number of steps, which "
-                    "is not known: set Trainer(max_steps=...) or use 'constant' or 'constant_with_warmup'."
-                )
-            steps = 0
-        warmup = round(warmup * steps) if 0 < warmup < 1 else int(warmup)
-        return get_scheduler(self.lr_scheduler, optimizer, warmup, int(steps), self.lr_scheduler_args or None)
+        scheduler = make_scheduler(
+            self.lr_scheduler, optimizer, self.warmup_steps, self.schedule_steps, self.lr_scheduler_args
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         states = [objective.state_dict() for objective in self.objectives]
@@ -335,14 +307,3 @@ class FineTuningModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for objective, state in zip(self.objectives, checkpoint.get("objectives", [])):
             objective.load_state_dict(state)
-
-
-def _imported(path: str, argument: str) -> Any:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"{argument}={path!r} cannot be imported ({error}): give a class path such as 'torch.optim.AdamW'"
-            + (f" or one of {sorted(OPTIMIZERS)}." if argument == "optimizer" else ".")
-        ) from error

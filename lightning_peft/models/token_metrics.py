@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as L
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 
 class Perplexity(MeanMetric):
@@ -13,6 +13,37 @@ class Perplexity(MeanMetric):
 
     def compute(self) -> Tensor:
         return super().compute().exp()
+
+
+class MultiTokenLoss(Metric):
+    """sum_k alpha^k L_k over all heads, k = 0 included, each L_k exact over batches and ranks.
+
+    The published code stops early on it as `real_eval_loss` (alpha 0.8, no beta).
+
+    Args:
+        heads: Number of heads, the network's own included.
+        decay: alpha.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, heads: int, decay: float = 0.8) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(heads), dist_reduce_fx="sum")
+        self.add_state("counts", torch.zeros(heads), dist_reduce_fx="sum")
+        self.register_buffer("decays", decay ** torch.arange(heads, dtype=torch.float32), persistent=False)
+
+    def update(self, sums: Tensor, counts: Tensor) -> None:
+        """Adds each head's summed nll [heads] over its number of labels [heads]."""
+        self.sums += sums
+        self.counts += counts
+
+    def losses(self) -> Tensor:
+        """L_k of every head, [heads]; 0 for a head without a label."""
+        return self.sums / self.counts.clamp(min=1)
+
+    def compute(self) -> Tensor:
+        return (self.losses() * self.decays).sum()
 
 
 def log_term(

@@ -14,7 +14,6 @@ _lazy = {
     "ConceptAwareFineTuning": "concept_aware",
     "ConceptAwareFineTuningMixin": "concept_aware",
     "HeadTerm": "objective",
-    "MultiTokenLoss": "concept_aware",
     "Objective": "objective",
     "TrunkState": "objective",
 }

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_peft.models.causal_lm import CausalLM
+from lightning_peft.models.token_metrics import MultiTokenLoss
 from lightning_peft.objectives.auxiliary_heads import AuxiliaryHeads, head_labels, load_heads
 from lightning_peft.objectives.objective import HeadTerm, Objective, TrunkState
 from lightning_peft.roles import final_norm
@@ -26,37 +26,6 @@ from lightning_peft.schedules import check_schedule, coefficient
 if TYPE_CHECKING:
     from lightning_peft.models.fine_tuning_module import FineTuningModule, StepTerms
     from lightning_peft.objectives.objective import Batch
-
-
-class MultiTokenLoss(Metric):
-    """sum_k alpha^k L_k over all heads, k = 0 included, each L_k exact over batches and ranks.
-
-    The published code stops early on it as `real_eval_loss` (alpha 0.8, no beta).
-
-    Args:
-        heads: Number of heads, the network's own included.
-        decay: alpha.
-    """
-
-    higher_is_better = False
-
-    def __init__(self, heads: int, decay: float = 0.8) -> None:
-        super().__init__()
-        self.add_state("sums", torch.zeros(heads), dist_reduce_fx="sum")
-        self.add_state("counts", torch.zeros(heads), dist_reduce_fx="sum")
-        self.register_buffer("decays", decay ** torch.arange(heads, dtype=torch.float32), persistent=False)
-
-    def update(self, sums: Tensor, counts: Tensor) -> None:
-        """Adds each head's summed nll [heads] over its number of labels [heads]."""
-        self.sums += sums
-        self.counts += counts
-
-    def losses(self) -> Tensor:
-        """L_k of every head, [heads]; 0 for a head without a label."""
-        return self.sums / self.counts.clamp(min=1)
-
-    def compute(self) -> Tensor:
-        return (self.losses() * self.decays).sum()
 
 
 class ConceptAwareFineTuning(Objective):
@@ -109,7 +78,8 @@ class ConceptAwareFineTuning(Objective):
         if heads is None and heads_init == "checkpoint" and predicted_tokens > 1:
             raise ValueError(
                 "concept-aware fine-tuning needs trained heads: give heads=PATH (made by AuxiliaryHeadPretrainingMixin "
-                "and callbacks.AuxiliaryHeadCheckpoint), or heads_init='copy' to start from untrained copies of a block."
+                "and callbacks.AuxiliaryHeadCheckpoint), or heads_init='copy' to start from untrained "
+                "copies of a block."
             )
         if head_decay < 0 or heads_coefficient < 0:
             raise ValueError(f"head_decay={head_decay} and heads_coefficient={heads_coefficient} must be at least 0.")
