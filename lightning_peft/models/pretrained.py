@@ -72,8 +72,6 @@ def converted_gguf(path: Path, auto_class: str) -> Path:
 
     The cache stands in `$LIGHTNING_PEFT_CACHE`, else `~/.cache/lightning_peft`, keyed by file name, size and time.
     """
-    import transformers
-
     path = path.expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(f"model={str(path)!r} ends in .gguf but there is no such file.")
@@ -84,11 +82,26 @@ def converted_gguf(path: Path, auto_class: str) -> Path:
     if not (folder / "config.json").is_file():
         cache.mkdir(parents=True, exist_ok=True)
         unfinished = Path(tempfile.mkdtemp(dir=cache))  # renamed when whole, so that a kill leaves no half network
-        source: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(unfinished)
-        getattr(transformers, auto_class).from_pretrained(**source).save_pretrained(unfinished)
         try:
+            _convert_gguf(path, auto_class, unfinished)
             unfinished.rename(folder)
-        except OSError:  # another process was quicker
-            shutil.rmtree(unfinished)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was quicker
+                raise
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _convert_gguf(path: Path, auto_class: str, folder: Path) -> None:
+    import torch
+    import transformers
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    transformers.AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    network = getattr(transformers, auto_class).from_pretrained(**source, dtype=torch.float32)
+    # The tensors are plain now, but transformers still takes the network for a quantised one and would not save it.
+    network.hf_quantizer = None
+    if hasattr(network.config, "quantization_config"):
+        del network.config.quantization_config
+    network.save_pretrained(folder)
