@@ -161,9 +161,10 @@ class CausalLM(FineTuningModule):
 
         rule = weigh if own_rows and self._has_weights(batch) else None
         loss, units, weights = self._reduce(head, forward, rows, targets, scale, rule)
-        sums, sizes_of = {}, {}
-        for term, nll, weight in zip(shared, units.nll.split(sizes), weights.split(sizes)):
+        sums, sizes_of, per_row = {}, {}, {}
+        for term, places, nll, weight in zip(shared, chosen, units.nll.split(sizes), weights.split(sizes)):
             sums[term.name], sizes_of[term.name] = (weight * nll).sum(), len(nll)
+            per_row[term.name] = (places, nll)
         for term in further:
             if term.nll is not None:
                 loss = loss + factors[term.name] * term.nll.sum()
@@ -171,7 +172,7 @@ class CausalLM(FineTuningModule):
         if rule is not None:
             sums["nll"], sizes_of["nll"] = units.nll[:own_rows].sum(), own_rows
         own = Rows(*(None if column is None else column[:own_rows] for column in units))
-        return StepTerms(loss, sums, sizes_of, own._replace(index=index[:own_rows]))
+        return StepTerms(loss, sums, sizes_of, own._replace(index=index[:own_rows]), per_row)
 
     def _reduce(
         self, head: nn.Module, forward: Forward, rows: Tensor, targets: Tensor, scale: Tensor, rule: Any

@@ -30,6 +30,7 @@ class StepTerms:
         sums: Detached numerator of each term on this micro-batch (without its coefficient).
         counts: Units of each term on this micro-batch.
         units: The detached rows the main loss was made of.
+        per_row: For each term read by the output matrix, the flat positions [n] that predict and their nll [n], detached.
         outputs: What the network returned.
     """
 
@@ -37,6 +38,7 @@ class StepTerms:
     sums: dict[str, Tensor]
     counts: dict[str, int]
     units: Rows
+    per_row: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     outputs: Any = field(default=None, repr=False)
 
 
@@ -260,13 +262,13 @@ class FineTuningModule(L.LightningModule):
         # Lightning divides by the accumulation and DDP or FSDP by the replicas; the counts already cover both.
         return terms.loss * (self.trainer.accumulate_grad_batches * self._replicas)
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "val", dataloader_idx)
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, StepTerms]:
+        return self._evaluate(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluate(batch, "test", dataloader_idx)
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, StepTerms]:
+        return self._evaluate(batch, "test", dataloader_idx)
 
-    def _evaluate(self, batch: Batch, stage: str, dataloader_idx: int) -> None:
+    def _evaluate(self, batch: Batch, stage: str, dataloader_idx: int) -> dict[str, StepTerms]:
         batch = self.transform_batch(batch)
         counts = self.counts(batch)
         terms = self.terms(batch, {name: torch.tensor(float(n), device=self.device) for name, n in counts.items()})
@@ -275,6 +277,7 @@ class FineTuningModule(L.LightningModule):
         self.log_units(stage, terms.units, dataloader_idx)
         for objective in self.objectives:
             objective.on_evaluated(self, stage, terms, dataloader_idx)
+        return {"terms": terms}  # for callbacks that draw or table what each token cost
 
     def log_units(self, stage: str, units: Rows, dataloader_idx: int) -> None:
         """Metrics of the evaluated units, from the same pass: `{stage}_accuracy`."""

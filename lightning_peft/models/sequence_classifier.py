@@ -47,7 +47,7 @@ class UnitModule(FineTuningModule):
         for name, numerator in auxiliary.items():
             loss = loss + numerator / counts[name].clamp(min=1)
             sums[name], own[name] = numerator.detach(), own_counts[name]
-        return StepTerms(loss, sums, own, units, outputs)
+        return StepTerms(loss, sums, own, units, outputs=outputs)
 
 
 class SequenceClassifier(UnitModule):
