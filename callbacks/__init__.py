@@ -8,6 +8,8 @@ from typing import Any
 _lazy = {
     "AuxiliaryHeadCheckpoint": "concept_aware",
     "AuxiliaryHeadSchedule": "concept_aware",
+    "LossCurves": "loss_curves",
+    "PositionLoss": "position_loss",
     "RandomState": "random_state",
 }
 __all__ = sorted(_lazy)

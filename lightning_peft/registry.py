@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: What a component is, and so how it is used (`WAYS_OF_USE`) and tested.
-KINDS = ("mixin", "callback", "datamodule", "function", "layer", "metric", "study")
+KINDS = ("mixin", "callback", "datamodule", "function", "layer", "metric", "study", "module")
 
 #: Columns of the conformance suite; `Component.not_applicable` names the ones that make no sense, with the reason.
 COLUMNS = (
@@ -36,6 +36,7 @@ WAYS_OF_USE: Mapping[str, tuple[str, ...]] = {
     "mixin": ("subclass", "yaml"),
     "callback": ("yaml", "drop-in"),
     "datamodule": ("subclass", "yaml", "drop-in"),
+    "module": ("subclass", "yaml"),
 }
 
 
@@ -153,7 +154,7 @@ TECHNIQUES: tuple[Technique, ...] = (
             Component("lightning_peft.callbacks.concept_aware.AuxiliaryHeadCheckpoint", "callback"),
             Component("lightning_peft.objectives.concept_aware.MultiTokenLoss", "metric"),
         ),
-        "not built yet",
+        "loss and heads equal the paper's equations; heads transfer between runs; kills, DDP and FSDP2 change nothing",
     ),
     Technique(2, "Motion-Aware Concept Alignment for Consistent Video Editing"),
     Technique(3, "Graph-Aware Isomorphic Attention for Adaptive Dynamics in Transformers"),
@@ -313,4 +314,12 @@ TECHNIQUES: tuple[Technique, ...] = (
 )
 
 #: What serves all papers.
-SHARED: tuple[Component, ...] = (Component("lightning_peft.models.causal_lm.CausalLM", "layer"),)
+SHARED: tuple[Component, ...] = (
+    Component("lightning_peft.models.fine_tuning_module.FineTuningModule", "module"),
+    Component("lightning_peft.models.causal_lm.CausalLM", "module"),
+    Component("lightning_peft.models.sequence_classifier.SequenceClassifier", "module"),
+    Component("lightning_peft.models.text_encoder.TextEncoder", "module"),
+    Component("lightning_peft.callbacks.random_state.RandomState", "callback"),
+    Component("lightning_peft.callbacks.loss_curves.LossCurves", "callback"),
+    Component("lightning_peft.callbacks.position_loss.PositionLoss", "callback"),
+)

@@ -58,7 +58,7 @@ def test_a_row_is_built_or_says_that_it_is_not():
 @pytest.mark.parametrize("component", COMPONENTS, ids=lambda c: c.path)
 def test_component_is_what_its_row_says(component):
     loaded = component.load()
-    assert component.kind in (*KINDS, "module")
+    assert component.kind in KINDS
     assert loaded.__name__ == component.name
     if component.kind == "function":
         assert inspect.isfunction(loaded)
@@ -110,11 +110,11 @@ def test_registered_callbacks_data_modules_and_mixins_are_public():
             assert component.load() in public, f"{component.path} is missing in its package's table of names"
 
 
-def test_every_argument_of_every_public_name_is_documented():
+def test_every_argument_of_every_public_class_and_registered_function_is_documented():
     missing = []
     loaded = dict(public_names()) | {component.path: component.load() for component in COMPONENTS}
     for name, value in loaded.items():
-        if not (inspect.isclass(value) or inspect.isfunction(value)):
+        if not (inspect.isclass(value) or (inspect.isfunction(value) and name.startswith("lightning_peft."))):
             continue
         if not value.__doc__:
             missing.append(f"{name}: no docstring")
