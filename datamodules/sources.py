@@ -29,7 +29,7 @@ def read_rows(source: Any, split: str = "train", name: str | None = None, stream
     """
     import datasets
 
-    if isinstance(source, dict) and source and set(source) <= _SPLITS:
+    if _holds_splits(source):
         if split not in source:
             raise ValueError(f"data has the splits {sorted(source)} and not {split!r}.")
         return read_rows(source[split], name=name, streaming=streaming)
@@ -55,9 +55,18 @@ def read_rows(source: Any, split: str = "train", name: str | None = None, stream
 
 def has_split(source: Any, split: str) -> bool:
     """Whether `split` names a split of the source, rather than a file."""
-    if isinstance(source, dict) and source and set(source) <= _SPLITS:
+    if _holds_splits(source):
         return split in source
     return isinstance(source, str) and Path(split).suffix not in _BUILDERS and not Path(split).exists()
+
+
+def _holds_splits(source: Any) -> bool:
+    """A `DatasetDict`, or a plain dictionary whose keys are splits rather than columns."""
+    import datasets
+
+    if isinstance(source, (datasets.DatasetDict, datasets.IterableDatasetDict)):
+        return True
+    return isinstance(source, dict) and bool(source) and set(source) <= _SPLITS
 
 
 def _read_path(source: str, split: str, name: str | None, streaming: bool) -> Any:

@@ -147,6 +147,8 @@ def _checked(made: Any, overlong: str, what: str, max_length: int) -> Any:
         made = made.select(np.flatnonzero(~drop))
     elif long.any():
         rank_zero_info(f"{long.sum()} of {n} {what} rows are cut to max_length={max_length}.")
+    tokens, learnt = np.minimum(length, max_length)[~drop].sum(), learnable[~drop].sum()
+    rank_zero_info(f"{what} data: {len(made)} documents, {tokens} tokens, {learnt} of them learnt.")
     return made.remove_columns(["length", "learnable"])
 
 
