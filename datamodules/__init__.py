@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_lazy: dict[str, str] = {}
+_lazy = {
+    "InstructionData": "instruction_data",
+    "LookAheadDataLoader": "look_ahead",
+    "ResumableSampler": "resumable_sampler",
+}
 __all__ = sorted(_lazy)
 
 

@@ -322,4 +322,9 @@ SHARED: tuple[Component, ...] = (
     Component("lightning_peft.callbacks.random_state.RandomState", "callback"),
     Component("lightning_peft.callbacks.loss_curves.LossCurves", "callback"),
     Component("lightning_peft.callbacks.position_loss.PositionLoss", "callback"),
+    Component(
+        "lightning_peft.datamodules.instruction_data.InstructionData",
+        "datamodule",
+        Example(arguments={"max_length": 32, "batch_size": 2}, data="text"),
+    ),
 )
