@@ -100,11 +100,6 @@ class InstructionData(L.LightningDataModule):
             raise ValueError(
                 "packing=True needs streaming=False and no keep_columns (a packed row has many documents)."
             )
-        # JSON only, for `weights_only=True`; not logged, since the module has arguments of the same names.
-        unsaved = ["data", "validation", "test", "tokenizer", "transforms"]
-        kept = {"data": data, "validation": validation, "test": test, "tokenizer": tokenizer}
-        unsaved = [what for what in unsaved if not isinstance(kept.get(what), (str, float))]
-        self.save_hyperparameters(ignore=unsaved, logger=False)
         self.data, self.held_out = data, {"test": test, "validation": validation}
         self._tokenizer = tokenizer
         self.dataset_config, self.train_split, self.streaming = dataset_config, train_split, streaming

@@ -285,9 +285,3 @@ def test_bad_inputs(arguments, message):
 def test_missing_file():
     with pytest.raises(FileNotFoundError, match=r"no/rows.jsonl"):
         data("no/rows.jsonl")
-
-
-def test_hyperparameters_are_json_and_leave_data_in_memory_out():
-    assert "data" not in data().hparams
-    assert "tokenizer" not in data().hparams
-    assert data().hparams["max_length"] == 1024

@@ -1,0 +1,96 @@
+"""The documented functions of the running Python's standard library, as pairs of docstring and body."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sysconfig
+import warnings
+from functools import cache
+from pathlib import Path
+
+SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "turtledemo", "__pycache__"}
+
+
+def standard_library_functions(max_chars: int = 1500, min_chars: int = 40) -> list[dict[str, str]]:
+    """Every documented function of the standard library, by module and line; the same list for one Python version.
+
+    Args:
+        max_chars: Characters of a function at most, signature, docstring and body together.
+        min_chars: Characters of a body at least.
+
+    Returns:
+        Rows with `module`, `name`, `prompt` (signature and docstring) and `completion` (body), as they stand in the
+        source but without the indentation of a class around them.
+    """
+    rows, seen = [], set()
+    for row in _all_functions():
+        body = row["completion"]
+        # The same helper is copied into several modules: a copy in the test split would be no test.
+        if len(row["prompt"]) + len(body) <= max_chars and len(body.strip()) >= min_chars and body not in seen:
+            seen.add(body)
+            rows.append(dict(row))
+    return rows
+
+
+@cache
+def _all_functions() -> list[dict[str, str]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    rows: list[dict[str, str]] = []
+    for path in sorted(root.rglob("*.py")):
+        place = path.relative_to(root)
+        if SKIPPED & set(place.parts):
+            continue
+        module = ".".join(place.with_suffix("").parts).removesuffix(".__init__")
+        source = path.read_text(encoding="utf-8", errors="replace")
+        if "def " in source:
+            rows += _functions(source, module)
+    return rows
+
+
+def _functions(source: str, module: str) -> list[dict[str, str]]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in old modules
+            tree = ast.parse(source)
+    except SyntaxError:  # deliberately broken files, such as lib2to3's
+        return []
+    lines = [line + "\n" for line in source.split("\n")]  # not splitlines: form feeds are no lines to ast
+    rows = []
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        documented = ast.get_docstring(node, clean=False) and len(node.body) > 1
+        doc_end = node.body[0].end_lineno
+        if not documented or doc_end is None or node.end_lineno is None:
+            continue
+        if node.body[1].lineno <= doc_end or node.body[0].lineno <= node.lineno:
+            continue  # more than one thing on a line: there is no clean cut
+        head, body = lines[node.lineno - 1 : doc_end], lines[doc_end : node.end_lineno]
+        indent = len(head[0]) - len(head[0].lstrip(" "))
+        rows.append(
+            {
+                "module": module,
+                "name": node.name,
+                "line": node.lineno,
+                "prompt": _without_indent(head, indent),
+                "completion": _without_indent(body, indent).strip("\n") + "\n",
+            }
+        )
+    rows.sort(key=lambda row: row.pop("line"))
+    return rows
+
+
+def _without_indent(lines: list[str], indent: int) -> str:
+    return "".join(line[indent:] if not line[:indent].strip(" ") else line for line in lines)
+
+
+def split_of_module(module: str, validation: float, test: float) -> str:
+    """The split a module belongs to: a whole package stays on one side. From its name alone, in every run.
+
+    >>> {split_of_module(name, 0.1, 0.1) for name in ("json.decoder", "json.encoder", "json")}
+    {'train'}
+    """
+    digest = hashlib.sha256(module.split(".")[0].encode()).digest()
+    place = int.from_bytes(digest[:8], "big") / 2**64
+    return "test" if place < test else "validation" if place < test + validation else "train"
