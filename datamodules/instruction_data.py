@@ -160,15 +160,23 @@ class InstructionData(L.LightningDataModule):
                 splits[split] = read_rows(self.data, split)
         return {"train": train, **splits}
 
+    def examples(self, split: str) -> Any:
+        """The rows of a split as they are tokenised: read and transformed."""
+        if self._raw is None:
+            self._raw = self.read()
+        rows = self._raw[split]
+        for transform in self.transforms:
+            rows = rows.map(transform)
+        return rows
+
     def rows(self, split: str) -> Any | None:
         """The tokenised rows of "train", "validation" or "test", made once; `None` if there is no such split."""
         if self._raw is None:
             self._raw = self.read()
         if split not in self._rows and split in self._raw:
-            rows = self._raw[split]
-            for transform in self.transforms:
-                rows = rows.map(transform)
-            made = tokenized(rows, self.tokenizer, self.overlong, split, self.num_proc, **self.row_options)
+            made = tokenized(
+                self.examples(split), self.tokenizer, self.overlong, split, self.num_proc, **self.row_options
+            )
             if self.packing and not hasattr(made, "__len__"):
                 raise ValueError("packing=True needs all rows at hand, and data is a stream.")
             if hasattr(made, "__len__"):
