@@ -181,6 +181,7 @@ class CausalLM(FineTuningModule):
         matrix = matrix_of(head)
         index = torch.arange(len(targets), device=targets.device)
         transform = self.logit_transform
+        statistics = self._statistics()
         trained = matrix is not None and any(p is not None and p.requires_grad for p in matrix)
         if trained and torch.is_grad_enabled() and self.rowwise:
             weight, bias = matrix  # type: ignore[misc]
@@ -193,12 +194,19 @@ class CausalLM(FineTuningModule):
                 scale=scale,
                 softcap=transform.softcap,
                 logit_scale=transform.scale,
+                statistics=statistics,
             )
             return loss, Rows(made.nll, made.entropy, made.is_argmax, targets, index), made.weights
-        out = head_nll(head, forward, rows, targets, transform)
-        units = Rows(out.nll.detach(), out.entropy.detach(), out.is_argmax, targets, index)
+        out = head_nll(head, forward, rows, targets, transform, statistics)
+        entropy = None if out.entropy is None else out.entropy.detach()
+        units = Rows(out.nll.detach(), entropy, out.is_argmax, targets, index)
         weights = torch.ones_like(units.nll) if rule is None else rule(units)
         return (scale * weights * out.nll).sum(), units, weights.detach()
+
+    def _statistics(self) -> frozenset[str]:
+        """What the kernel has to give besides nll: it costs time, so only what somebody reads."""
+        asked = {"is_argmax"} if not self.training else set()
+        return frozenset(asked.union(*(objective.needs for objective in self.objectives)))
 
     def _has_weights(self, batch: Batch) -> bool:
         overridden = type(self).loss_weights is not FineTuningModule.loss_weights

@@ -30,7 +30,7 @@ class StepTerms:
         sums: Detached numerator of each term on this micro-batch (without its coefficient).
         counts: Units of each term on this micro-batch.
         units: The detached rows the main loss was made of.
-        per_row: For each term read by the output matrix, the flat positions [n] that predict and their nll [n], detached.
+        per_row: For each term of the output matrix, the flat positions [n] that predict and their nll [n], detached.
         outputs: What the network returned.
     """
 
@@ -188,7 +188,8 @@ class FineTuningModule(L.LightningModule):
     @property
     def schedule_steps(self) -> float:
         """Optimizer steps of the present schedule in all; infinite where Lightning cannot know."""
-        return self.trainer.estimated_stepping_batches - self.schedule_start
+        steps = self.trainer.estimated_stepping_batches
+        return steps - self.schedule_start if steps >= 0 else float("inf")  # Lightning says -1 for endless data
 
     # -- denominators ---------------------------------------------------------------------------------------------
 

@@ -125,9 +125,14 @@ def nll_through_head(
 
 
 def head_nll(
-    head: nn.Module, forward: Forward, hidden: Tensor, labels: Tensor, transform: LogitTransform
+    head: nn.Module,
+    forward: Forward,
+    hidden: Tensor,
+    labels: Tensor,
+    transform: LogitTransform,
+    statistics: frozenset[str] = frozenset(),
 ) -> CrossEntropyOutput:
-    """nll, lse, entropy and is_argmax of rows, by the kernel if the head is a matrix; call inside its forward."""
+    """nll of rows and the asked statistics, by the kernel if the head is a matrix; call inside its forward."""
     matrix = matrix_of(head)
     if matrix is None:
         return nll_through_head(forward, hidden, labels, transform)
@@ -139,5 +144,5 @@ def head_nll(
         bias,
         softcap=transform.softcap,
         logit_scale=transform.scale,
-        return_statistics=True,
+        statistics=statistics,
     )

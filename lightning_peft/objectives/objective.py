@@ -70,6 +70,9 @@ class Objective:
     #: head costs three matrix products instead of four. Set False where a weight needs the whole batch.
     rowwise: bool = True
 
+    #: What `loss_weights` reads of its units besides `nll`: any of "entropy" and "is_argmax". Else they are None.
+    needs: frozenset[str] = frozenset()
+
     #: Training leaves the network's own loss out: this objective's terms are all there is (pre-training of heads).
     replaces_main: bool = False
 
@@ -93,7 +96,7 @@ class Objective:
         Args:
             module: The module in training.
             batch: The batch, on the device.
-            units: Detached `nll`, `entropy`, `is_argmax`, `labels` and `index`, each [n]. `index` is the flat position
+            units: Detached `nll`, `labels` and `index`, each [n], and what `needs` names. `index` is the flat position
                 in `batch["labels"]` of the unit's *target*: a token-level column is `column.view(-1)[units.index]`.
         """
         return None

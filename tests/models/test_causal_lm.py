@@ -231,6 +231,7 @@ def test_prompt_learning_is_not_ignored():
     ):
         network = get_peft_model(tiny_llama(), config)
         module, batch = CausalLM(network), batch_of(rows(3))
+        batch["labels"][:, 0] = -100  # PEFT would let the last virtual token predict a row's first token
         terms = module.terms(batch, counts_of(module, batch))
         expected = network(**batch).loss
         torch.testing.assert_close(terms.loss, expected, rtol=1e-4, atol=1e-5)
@@ -269,11 +270,11 @@ def test_checkpoint_loads_by_lightning_alone(tmp_path):
 
 
 def test_bad_arguments_name_themselves(tmp_path):
-    with pytest.raises(ValueError, match="optimizer='torch.optim.Nothing'"):
+    with pytest.raises(ValueError, match=r"optimizer='torch\.optim\.Nothing'"):
         CausalLM(tiny_llama(), optimizer="torch.optim.Nothing")
     with pytest.raises(ValueError, match="warmup_steps"):
         CausalLM(tiny_llama(), warmup_steps=-1)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match="no such file"):
         CausalLM(str(tmp_path / "nothing.gguf"))
     module = CausalLM(tiny_llama().requires_grad_(False))
     with pytest.raises(ValueError, match="nothing would train"):

@@ -270,7 +270,7 @@ def test_bad_arguments_name_themselves(kwargs, message):
 def test_adapters_before_heads_are_refused():
     from peft import LoraConfig, get_peft_model
 
-    with pytest.raises(ValueError, match="callbacks.PEFT"):
+    with pytest.raises(ValueError, match=r"callbacks\.PEFT"):
         caft(get_peft_model(tiny_llama(num_hidden_layers=3), LoraConfig(target_modules=["q_proj"])))
 
 
