@@ -9,6 +9,8 @@ _lazy = {
     "InstructionData": "instruction_data",
     "LookAheadDataLoader": "look_ahead",
     "ResumableSampler": "resumable_sampler",
+    "SelfDistillationData": "self_distillation",
+    "StandardLibraryCode": "standard_library_code",
 }
 __all__ = sorted(_lazy)
 

@@ -48,7 +48,7 @@ class Example:
         network: Family of the tiny network: "llama", "gpt2", "bert", "t5", "vit", "mixtral".
         module: The ready LightningModule around it.
         arguments: Arguments of the component.
-        data: "tokens" (random ids with labels), "classes", "pairs" or "text" (rows for a DataModule).
+        data: "tokens" (random ids with labels), "classes", "pairs", "text" (rows for a DataModule) or "none" (it brings its own).
     """
 
     network: str = "llama"
@@ -152,6 +152,11 @@ TECHNIQUES: tuple[Technique, ...] = (
             ),
             Component("lightning_peft.callbacks.concept_aware.AuxiliaryHeadSchedule", "callback"),
             Component("lightning_peft.callbacks.concept_aware.AuxiliaryHeadCheckpoint", "callback"),
+            Component(
+                "lightning_peft.datamodules.self_distillation.SelfDistillationData",
+                "datamodule",
+                Example(arguments={"max_length": 32, "batch_size": 2, "unfinished": "keep"}, data="text"),
+            ),
             Component("lightning_peft.objectives.concept_aware.MultiTokenLoss", "metric"),
         ),
         "loss and heads equal the paper's equations; heads transfer between runs; kills, DDP and FSDP2 change nothing",
@@ -327,4 +332,10 @@ SHARED: tuple[Component, ...] = (
         "datamodule",
         Example(arguments={"max_length": 32, "batch_size": 2}, data="text"),
     ),
+    Component(
+        "lightning_peft.datamodules.standard_library_code.StandardLibraryCode",
+        "datamodule",
+        Example(arguments={"max_examples": 16, "max_length": 256, "batch_size": 2}, data="none"),
+    ),
+    Component("lightning_peft.kernels.linear_cross_entropy.linear_cross_entropy", "function"),
 )
