@@ -29,6 +29,10 @@ COLUMNS = (
     "save",
     "export",
     "frozen",
+    "stages",
+    "manual",
+    "two",
+    "teardown",
 )
 
 #: How a component of each kind is used (FINDINGS, 24); the conformance suite tests each way.
@@ -48,13 +52,19 @@ class Example:
         network: Family of the tiny network: "llama", "gpt2", "bert", "t5", "vit", "mixtral".
         module: The ready LightningModule around it.
         arguments: Arguments of the component.
-        data: "tokens" (random ids with labels), "classes", "pairs", "text" (rows for a DataModule) or "none" (it brings its own).
+        data: "tokens" (random ids with labels), "classes", "pairs", "text" (rows for a DataModule), or "none" (its own).
+        module_arguments: Further arguments of the module.
+        trains: Regular expression of the names that training may change; everything else must not move.
+        second: Arguments of a second callback of the class in the same run.
     """
 
     network: str = "llama"
     module: str = "CausalLM"
     arguments: Mapping[str, Any] = field(default_factory=dict)
     data: str = "tokens"
+    module_arguments: Mapping[str, Any] = field(default_factory=dict)
+    trains: str = ""
+    second: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
