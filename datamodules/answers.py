@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,7 @@ def cached_answers(
     for number in shards[rank::ranks]:
         if not paths[number].is_file():
             made = answer(prompts[number * shard_size : (number + 1) * shard_size], number)
-            table = pa.Table.from_pylist(made)
-            _renamed_into(paths[number], lambda path, table=table: pq.write_table(table, path))
+            _renamed_into(paths[number], partial(pq.write_table, pa.Table.from_pylist(made)))
     if barrier is not None:
         barrier()
     return [row for path in paths for row in pq.read_table(path).to_pylist()]

@@ -190,7 +190,9 @@ def _labelled(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> Tokens
     return {"input_ids": ids, "labels": labels}
 
 
-def _encoded(tokenizer: Any, text: str, borders: list[int] | None = None, special: bool = False) -> Tokens | Any:
+def _encoded(
+    tokenizer: Any, text: str, borders: list[int] | None = None, special: bool = False
+) -> tuple[list[int], list[int]]:
     """Token ids and the character behind each token.
 
     A tokenizer that cannot tell characters is asked piece by piece between `borders`; all pieces must be those of the

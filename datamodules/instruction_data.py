@@ -119,6 +119,8 @@ class InstructionData(L.LightningDataModule):
         }
         self._raw: dict[str, Any] | None = None
         self._rows: dict[str, Any] = {}
+        self._loader: LookAheadDataLoader | None = None
+        self._position: dict[str, Any] | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -194,6 +196,7 @@ class InstructionData(L.LightningDataModule):
             self.rows(split)
 
     def setup(self, stage: str | None = None) -> None:
+        self._loader = self._position = None  # of an earlier fit
         for split in self._needed(stage):
             self.rows(split)
 
@@ -206,16 +209,33 @@ class InstructionData(L.LightningDataModule):
 
     def train_dataloader(self) -> LookAheadDataLoader:
         rows = self.rows("train")
-        common: dict[str, Any] = {
-            "batch_size": self.batch_size,
-            "num_workers": self.num_workers,
-            "drop_last": self.drop_last,
-            "collate_fn": collator(self.tokenizer, self.pad_to_multiple_of),
-            "seed": self.seed,
-        }
-        if not isinstance(rows, TokenRows):
-            return LookAheadDataLoader(self._stream(rows), **common)
-        return LookAheadDataLoader(rows, sampler=self._sampler(rows, self.shuffle), **common)
+        stream = not isinstance(rows, TokenRows)
+        loader = LookAheadDataLoader(
+            self._stream(rows) if stream else rows,
+            batch_size=self.batch_size,
+            sampler=None if stream else self._sampler(rows, self.shuffle),
+            num_workers=self.num_workers,
+            drop_last=self.drop_last,
+            collate_fn=collator(self.tokenizer, self.pad_to_multiple_of),
+            seed=self.seed,
+        )
+        if self._position is not None:
+            loader.load_state_dict(self._position)
+            self._position = None
+        self._loader = loader
+        return loader
+
+    # Lightning restores a loader's own state only if the loader is made after the loops are restored: not where
+    # `configure_optimizers` asks for `trainer.estimated_stepping_batches`. A data module's comes in time.
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._loader is None else {"loader": self._loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._loader is None:
+            self._position = state_dict.get("loader")
+        elif "loader" in state_dict:
+            self._loader.load_state_dict(state_dict["loader"])
 
     def val_dataloader(self) -> Any:
         return self._evaluation_loader("validation")

@@ -108,14 +108,15 @@ class LookAheadDataLoader(DataLoader):
         return {"epoch": self._epoch, "exhausted": self._exhausted, "sizes": self._sizes(), **mark._asdict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The next iteration goes on from there."""
+        """The next iteration goes on from there, or the present one if it has only been looked into."""
         self._resume = state_dict
         self._epoch = state_dict["epoch"]
         self._exhausted = state_dict["exhausted"]
         self._marks.append(_Mark(*(state_dict[field] for field in _Mark._fields)))
 
     def _sizes(self) -> dict[str, int | None]:
-        rows = None if isinstance(self.dataset, IterableDataset) else len(self.dataset)
+        dataset: Any = self.dataset
+        rows = None if isinstance(dataset, IterableDataset) else len(dataset)
         sampler = self._epoch_sampler
         replicas = getattr(sampler, "num_replicas", 1) if sampler is not None else world()[0]
         return {"rows": rows, "batch_size": self.batch_size, "replicas": replicas}
@@ -173,6 +174,15 @@ class LookAheadDataLoader(DataLoader):
                 self._marks.append(_Mark(index, len(window), state))
                 self._started = True
                 yield batch
+                if self._resume is not None:
+                    # The state came after Lightning had fetched ahead: the batch becomes the one it should have been.
+                    begin = self._begin()
+                    source = self._fetched(begin)
+                    index, left = begin.batches, begin.window_left
+                    for fresh, state in _take(source, 1):
+                        _replaced(batch, fresh)
+                        index += 1
+                        self._marks.extend([begin, _Mark(index, 0, state)])
                 if bound is None and self._bound is not None:
                     # Fetched before training began and still waiting to be handed over: completed where it is.
                     bound = self._bound
@@ -237,15 +247,19 @@ def _complete(window: list[Batch], bound: _Bound) -> None:
     """Prepares a window's batches in place and puts its counts on each."""
     total: dict[str, int] = {}
     for batch in window:
-        if not isinstance(batch, MutableMapping):
-            raise TypeError(f"a batch is a {type(batch).__name__}: FineTuningModule takes dictionaries of tensors.")
-        prepared = dict(bound.prepare(batch))
-        batch.clear()
-        batch.update(prepared)
+        _replaced(batch, bound.prepare(batch))
         for term, count in bound.counts(batch).items():
             total[term] = total.get(term, 0) + int(count)
     for place, batch in enumerate(window):
         batch["step_counts"], batch["step_start"] = total, place == 0
+
+
+def _replaced(batch: Batch, content: Batch) -> None:
+    if not isinstance(batch, MutableMapping):
+        raise TypeError(f"a batch is a {type(batch).__name__}: FineTuningModule takes dictionaries of tensors.")
+    content = dict(content)
+    batch.clear()
+    batch.update(content)
 
 
 def _take(source: Iterator[Any], n: int) -> list[Any]:

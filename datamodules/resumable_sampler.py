@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class ResumableSampler(DistributedSampler):
             raise ValueError("the data set is empty: there is nothing to sample from.")
         if rank is not None and not 0 <= rank < (num_replicas or math.inf):
             raise ValueError(f"rank={rank} must be in [0, num_replicas={num_replicas}).")
-        self.dataset = dataset
+        self.dataset: Any = dataset
         self._num_replicas, self._rank = num_replicas, rank
         self.shuffle, self.seed, self.drop_last, self.epoch = shuffle, seed, drop_last, 0
 
@@ -85,7 +85,7 @@ class ResumableSampler(DistributedSampler):
         return self.num_samples * self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        order = range(len(self.dataset))
+        order: Sequence[int] = range(len(self.dataset))
         if self.shuffle:
             generator = torch.Generator().manual_seed(self.seed + self.epoch)
             order = torch.randperm(len(self.dataset), generator=generator).tolist()
@@ -96,5 +96,5 @@ class ResumableSampler(DistributedSampler):
 def world() -> tuple[int, int]:
     """Processes and this one's rank, (1, 0) without a process group."""
     if dist.is_available() and dist.is_initialized():
-        return dist.getworld_size(), dist.get_rank()
+        return dist.get_world_size(), dist.get_rank()
     return 1, 0

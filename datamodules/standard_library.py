@@ -56,7 +56,7 @@ def _functions(source: str, module: str) -> list[dict[str, str]]:
     except SyntaxError:  # deliberately broken files, such as lib2to3's
         return []
     lines = [line + "\n" for line in source.split("\n")]  # not splitlines: form feeds are no lines to ast
-    rows = []
+    found: list[tuple[int, dict[str, str]]] = []
     for node in ast.walk(tree):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
@@ -68,17 +68,14 @@ def _functions(source: str, module: str) -> list[dict[str, str]]:
             continue  # more than one thing on a line: there is no clean cut
         head, body = lines[node.lineno - 1 : doc_end], lines[doc_end : node.end_lineno]
         indent = len(head[0]) - len(head[0].lstrip(" "))
-        rows.append(
-            {
-                "module": module,
-                "name": node.name,
-                "line": node.lineno,
-                "prompt": _without_indent(head, indent),
-                "completion": _without_indent(body, indent).strip("\n") + "\n",
-            }
-        )
-    rows.sort(key=lambda row: row.pop("line"))
-    return rows
+        row = {
+            "module": module,
+            "name": node.name,
+            "prompt": _without_indent(head, indent),
+            "completion": _without_indent(body, indent).strip("\n") + "\n",
+        }
+        found.append((node.lineno, row))
+    return [row for _, row in sorted(found, key=lambda pair: pair[0])]
 
 
 def _without_indent(lines: list[str], indent: int) -> str:

@@ -272,3 +272,21 @@ def test_a_batch_fetched_before_binding_is_completed_and_does_not_count_as_consu
     assert loader.state_dict()["batches"] == 2
     assert len(list(iterator)) == 6
     assert loader.state_dict()["batches"] == 9
+
+
+@pytest.mark.parametrize("fetched", [False, True])
+@pytest.mark.parametrize("dataset", [range(20), Stream(20)], ids=["rows", "stream"])
+def test_a_state_that_comes_after_the_iterator_was_made(dataset, fetched):
+    loader = LookAheadDataLoader(dataset, batch_size=2, collate_fn=collate)
+    bind(loader, 2)
+    expected = epoch(loader, 0)
+    epoch(loader, 0, 4)
+    state = loader.state_dict()
+    late = LookAheadDataLoader(dataset, batch_size=2, collate_fn=collate)
+    iterator = iter(late)
+    got = [next(iterator)] if fetched else []
+    late.load_state_dict(state)
+    bind(late, 2)
+    got += list(iterator)
+    assert [(b["ids"].tolist(), b["step_counts"], b["step_start"]) for b in got] == expected[4:]
+    assert late.state_dict()["batches"] == 10

@@ -28,8 +28,9 @@ class Stream(IterableDataset):
 class Module(L.LightningModule):
     """Binds its loader as a FineTuningModule does, and keeps a diary by optimizer step."""
 
-    def __init__(self, kill_before=None):
+    def __init__(self, kill_before=None, early=False):
         super().__init__()
+        self.early = early
         self.layer = torch.nn.Linear(1, 1)
         self.kill_before = kill_before
         self.diary, self.step = [], []
@@ -38,6 +39,9 @@ class Module(L.LightningModule):
         return int(min(self.trainer.accumulate_grad_batches, max(self.trainer.num_training_batches - batch_idx, 1)))
 
     def on_train_start(self):
+        # Where `configure_optimizers` has asked for the number of steps, the loader was made before the checkpoint's
+        # loops were restored, and Lightning leaves its state behind.
+        self.trainer.fit_loop._load_combined_loader_states()
         for loader in self.trainer.fit_loop._combined_loader.flattened:
             loader.bind(lambda batch: batch, lambda batch: {"n": int(batch["sizes"].sum())}, self.window)
 
@@ -53,6 +57,8 @@ class Module(L.LightningModule):
         self.step = []
 
     def configure_optimizers(self):
+        if self.early:
+            assert self.trainer.estimated_stepping_batches
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
@@ -101,9 +107,9 @@ def test_windows_are_lightnings_steps(settings, steps, streaming, tmp_path):
     check(module)
 
 
-def _fit(folder, queue, kill_before, ckpt_path, streaming, workers):
+def _fit(folder, queue, kill_before, ckpt_path, streaming, workers, early):
     torch.manual_seed(0)
-    module = Module(kill_before)
+    module = Module(kill_before, early)
     dataset = Stream(23) if streaming else range(23)
     loader = LookAheadDataLoader(
         dataset, 2, shuffle=None if streaming else True, collate_fn=collate, num_workers=workers
@@ -126,16 +132,27 @@ def child(*args):
 
 
 @pytest.mark.parametrize(
-    ("kill_before", "streaming", "workers"),
-    [(2, False, 0), (6, False, 0), (8, False, 0), (11, False, 2), (12, False, 0), (4, True, 0), (9, True, 0)],
+    ("kill_before", "streaming", "workers", "early"),
+    [
+        (2, False, 0, False),
+        (6, False, 0, False),
+        (8, False, 0, True),
+        (11, False, 2, False),
+        (12, False, 0, True),
+        (4, True, 0, False),
+        (9, True, 0, False),
+        (9, True, 0, True),
+    ],
 )
-def test_killed_and_resumed_is_bit_equal(kill_before, streaming, workers, tmp_path):
+def test_killed_and_resumed_is_bit_equal(kill_before, streaming, workers, early, tmp_path):
     """23 rows in 12 batches, 6 steps an epoch: kills in mid-epoch, at a border, and one step after it."""
-    code, (steps, *weights) = child(tmp_path / "whole", None, None, streaming, workers)
+    code, (steps, *weights) = child(tmp_path / "whole", None, None, streaming, workers, early)
     assert code == 0
-    code, none = child(tmp_path / "killed", kill_before, None, streaming, workers)
+    code, none = child(tmp_path / "killed", kill_before, None, streaming, workers, early)
     assert (code, none) == (-signal.SIGKILL, None)
-    code, (rest, *resumed) = child(tmp_path / "killed", None, tmp_path / "killed" / "last.ckpt", streaming, workers)
+    code, (rest, *resumed) = child(
+        tmp_path / "killed", None, tmp_path / "killed" / "last.ckpt", streaming, workers, early
+    )
     assert code == 0
     assert rest == steps[kill_before:]
     assert resumed == weights
