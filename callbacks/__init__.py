@@ -8,9 +8,12 @@ from typing import Any
 _lazy = {
     "AuxiliaryHeadCheckpoint": "concept_aware",
     "AuxiliaryHeadSchedule": "concept_aware",
+    "HalfFineTuning": "half_finetuning",
     "LossCurves": "loss_curves",
+    "PEFT": "peft",
     "PositionLoss": "position_loss",
     "RandomState": "random_state",
+    "WeightSelection": "weight_selection",
 }
 __all__ = sorted(_lazy)
 
