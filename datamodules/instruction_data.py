@@ -63,8 +63,8 @@ class InstructionData(L.LightningDataModule):
     def __init__(
         self,
         data: str | list[dict[str, Any]] | dict[str, Any] | Any,
-        validation: str | float | list[dict[str, Any]] | Any | None = None,
-        test: str | float | list[dict[str, Any]] | Any | None = None,
+        validation: float | str | list[dict[str, Any]] | Any | None = None,
+        test: float | str | list[dict[str, Any]] | Any | None = None,
         tokenizer: str | Any | None = None,
         dataset_config: str | None = None,
         train_split: str = "train",

@@ -10,6 +10,9 @@ from functools import cache
 from pathlib import Path
 
 SKIPPED = {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "turtledemo", "__pycache__"}
+# Modules are of very different sizes (tkinter alone has a twelfth of the functions): with this one, splits of 0.1 and
+# 0.1 of the modules hold 0.098 and 0.103 of the functions of Python 3.11.
+_SALT = 24
 
 
 def standard_library_functions(max_chars: int = 1500, min_chars: int = 40) -> list[dict[str, str]]:
@@ -83,11 +86,10 @@ def _without_indent(lines: list[str], indent: int) -> str:
 
 
 def split_of_module(module: str, validation: float, test: float) -> str:
-    """The split a module belongs to: a whole package stays on one side. From its name alone, in every run.
+    """The split that all functions of a module belong to, from its name alone: the same in every run.
 
-    >>> {split_of_module(name, 0.1, 0.1) for name in ("json.decoder", "json.encoder", "json")}
-    {'train'}
+    >>> split_of_module("json.decoder", validation=0.1, test=0.1)
+    'train'
     """
-    digest = hashlib.sha256(module.split(".")[0].encode()).digest()
-    place = int.from_bytes(digest[:8], "big") / 2**64
+    place = int.from_bytes(hashlib.sha256(f"{_SALT}:{module}".encode()).digest()[:8], "big") / 2**64
     return "test" if place < test else "validation" if place < test + validation else "train"

@@ -13,16 +13,16 @@ class StandardLibraryCode(InstructionData):
     """Docstring to code, from the sources of the Python it runs on: no download, the same in every run.
 
     A row is a function's signature and docstring as prompt, its body as completion. With a chat template it is a
-    conversation of two turns, otherwise prompt and completion. Splits are by package, so that no
-    module is on two sides.
+    conversation of two turns, otherwise prompt and completion. Splits are by module: none is on
+    two sides.
 
     Args:
         instruction: What stands before the signature in the user's turn of a conversation.
         max_examples: Training rows at most, evenly over the library; validation and test keep their proportion.
         max_chars: Characters of a function at most.
         min_chars: Characters of a body at least.
-        validation: Fraction of packages (about) held out for validation.
-        test: Fraction of packages (about) held out for test.
+        validation: Fraction of modules (about) held out for validation.
+        test: Fraction of modules (about) held out for test.
         tokenizer: As for `InstructionData`.
         max_length: Tokens in a row at most.
         batch_size: Rows in a batch, on each rank.

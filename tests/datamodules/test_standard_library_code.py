@@ -91,16 +91,18 @@ def test_the_same_in_another_process():
     assert other.stdout.strip() == own
 
 
-def test_splits_are_by_package_and_near_their_fractions():
+def test_splits_are_by_module_and_near_their_fractions():
     rows = standard_library_functions()
-    packages = {row["module"].split(".")[0] for row in rows}
-    sides = {package: split_of_module(package, 0.1, 0.1) for package in packages}
-    for row in rows:
-        assert split_of_module(row["module"], 0.1, 0.1) == sides[row["module"].split(".")[0]]
+    sides = {module: split_of_module(module, 0.1, 0.1) for module in {row["module"] for row in rows}}
     for split in ("validation", "test"):
-        assert 0.03 < sum(side == split for side in sides.values()) / len(sides) < 0.2
+        assert 0.05 < sum(side == split for side in sides.values()) / len(sides) < 0.15
+        assert 0.05 < sum(sides[row["module"]] == split for row in rows) / len(rows) < 0.15
     # Larger fractions only take from the training split.
-    assert all(split_of_module(p, 0.1, 0.3) == "test" for p, side in sides.items() if side == "test")
+    assert all(split_of_module(m, 0.1, 0.3) == "test" for m, side in sides.items() if side == "test")
+    made = StandardLibraryCode(tokenizer=tiny_tokenizer(None)).read()
+    texts = {split: set(part["completion"]) for split, part in made.items()}
+    for split, part in texts.items():
+        assert {sides[row["module"]] for row in rows if row["completion"] in part} == {split}
 
 
 def test_conversations_with_a_template_and_plain_without():
