@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import defaultdict
 
 from lightning_peft.roles import Weight
 
@@ -19,8 +18,9 @@ def choose_half(
 
     "category" (the paper's choice): in every block, of the attention matrices (q, k, v, o: two of four), of the
     feed-forward's (of gate, up, down: one or two, so that over all blocks half of them train) and of the norms (one of
-    two), each `fraction` of them; where that is not whole, blocks drawn at random take one more until the model's total is
-    right. "layer" chooses whole blocks, "model" matrices anywhere. A bias follows its matrix, as one unit.
+    two), each `fraction` of them; where that is not whole, blocks drawn at random take one more until the model's total
+    is right (so of blocks with a single norm, half train it). "layer" chooses whole blocks, "model" matrices anywhere.
+    A bias follows its matrix. Adapters, routers and weights outside of blocks are never chosen.
 
     Args:
         weights: All weights of the network, from `weights_by_role`.
@@ -30,7 +30,8 @@ def choose_half(
         granularity: "category", "layer" or "model".
 
     Raises:
-        ValueError: `fraction` or `granularity` is unknown, or a block has fewer than two matrices of a category.
+        ValueError: `fraction` or `granularity` is out of range, a block has fewer than two matrices of a category, or
+            there are no blocks.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction={fraction} must lie in (0, 1): 0 would train nothing, 1 is full fine-tuning.")
@@ -38,6 +39,8 @@ def choose_half(
         raise ValueError(f"granularity={granularity!r} is not known: use one of {GRANULARITIES}.")
     generator = random.Random(f"{seed}:{round}:{granularity}")
     units = _units(weights)
+    if not units:
+        raise ValueError("there is no matrix in any transformer block to choose from.")
     if granularity == "layer":
         blocks = list(dict.fromkeys(weight.block for weight in units))
         kept = set(generator.sample(blocks, math.floor(fraction * len(blocks) + 0.5)))
@@ -47,13 +50,13 @@ def choose_half(
     else:
         chosen = []
         for category in ("attention", "ffn", "norm"):
-            by_block: dict[str, list[Weight]] = defaultdict(list)
+            by_block: dict[str, list[Weight]] = {str(weight.block): [] for weight in units}
             for weight in units:
                 if _category(weight) == category:
                     by_block[str(weight.block)].append(weight)
             chosen += _balanced(by_block, category, fraction, generator)
-    biases = {weight.name for weight in weights if weight.is_bias}
-    return {name for unit in chosen for name in (unit.name, _bias_of(unit.name)) if name == unit.name or name in biases}
+    names = {unit.name for unit in chosen}
+    return names | {bias for bias, unit in _biases(weights, units).items() if unit in names}
 
 
 def _category(weight: Weight) -> str | None:
@@ -65,8 +68,20 @@ def _units(weights: list[Weight]) -> list[Weight]:
     return [weight for weight in weights if weight.block is not None and _category(weight) and not weight.is_bias]
 
 
-def _bias_of(name: str) -> str:
-    return name[: -len("weight")] + "bias" if name.endswith("weight") else name + ".bias"
+def _biases(weights: list[Weight], units: list[Weight]) -> dict[str, str]:
+    """Bias -> the matrix that it follows: by its name, or (BEiT's `q_bias`) the first of its role in its block."""
+    names = {unit.name for unit in units}
+    follows = {}
+    for bias in weights:
+        if not bias.is_bias or bias.block is None or not _category(bias):
+            continue
+        named = [f"{bias.name[: -len('bias')]}weight", bias.name.removesuffix("_bias")]
+        same_role = [unit.name for unit in units if (unit.block, unit.role) == (bias.block, bias.role)]
+        same_category = [u.name for u in units if (u.block, _category(u)) == (bias.block, _category(bias))]
+        found = [*(name for name in named if name in names), *same_role, *same_category]
+        if found:
+            follows[bias.name] = found[0]
+    return follows
 
 
 def _balanced(
@@ -74,9 +89,10 @@ def _balanced(
 ) -> list[Weight]:
     for block, members in by_block.items():
         if len(members) < 2 and category != "norm":
+            found = "one matrix" if members else "no matrix"
             raise ValueError(
-                f"block {block!r} has {len(members)} {category} matrix, and half of one cannot be chosen: use "
-                "granularity='layer' or 'model' for this network."
+                f"block {block!r} has {found} of the category {category!r}, and of fewer than two none can be chosen: "
+                "use granularity='layer' or 'model' for this network."
             )
     shares = {block: fraction * len(members) for block, members in by_block.items()}
     counts = {block: math.floor(share + 1e-9) for block, share in shares.items()}
