@@ -65,7 +65,8 @@ def _category(weight: Weight) -> str | None:
 
 def _units(weights: list[Weight]) -> list[Weight]:
     """What is chosen as one: matrices and norm weights in blocks, without their biases."""
-    return [weight for weight in weights if weight.block is not None and _category(weight) and not weight.is_bias]
+    units = [weight for weight in weights if weight.block is not None and _category(weight) and not weight.is_bias]
+    return sorted(units, key=lambda weight: weight.name)  # a file lists the same weights in another order
 
 
 def _biases(weights: list[Weight], units: list[Weight]) -> dict[str, str]:

@@ -68,6 +68,7 @@ def test_everything_is_chosen_now_and_then():
 def test_the_seed_and_the_round_decide():
     weights = llama(6)
     assert choose_half(weights, 0.5, 3, 1) == choose_half(list(weights), 0.5, 3, 1)
+    assert choose_half(weights, 0.5, 3, 1) == choose_half(weights[::-1], 0.5, 3, 1)
     different = {frozenset(choose_half(weights, 0.5, seed, round)) for seed in range(4) for round in range(4)}
     assert len(different) == 16
 
