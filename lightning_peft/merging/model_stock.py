@@ -22,7 +22,7 @@ from lightning_peft.merging.streaming import SafetensorsFolder
 
 PAIRWISE = ("cos", "angle")
 COMPAT = (None, "mergekit")
-#: Elements worked on at once: what is held beside the tensors is this many fp32 numbers for each model.
+#: Elements worked on at once: beside the tensors themselves, a few times this many fp64 numbers are held.
 CHUNK = 2**20
 
 
@@ -82,7 +82,7 @@ def model_stock_tensor(
     compat: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """One merged tensor, a new one; differences and sums are in fp32 or wider whatever the storage.
+    """One merged tensor, a new one; differences and sums are in fp64 whatever the storage.
 
     Args:
         base: theta0, of any shape.
@@ -108,14 +108,13 @@ def inner_products(base: Tensor, tensors: Sequence[Tensor], filter_wise: bool = 
 
     Shards of one tensor add up: sum this over the ranks that hold them, and go on with `interpolation_ratio`.
     """
-    n, wide = len(tensors), _wide(base, tensors)
+    n = len(tensors)
     rows = _rows(base, filter_wise).shape[0] if filter_wise else 1
     dots = torch.zeros(rows, n, n, dtype=torch.float64, device=base.device)
     for where, (theta0, *thetas) in _chunks([base, *tensors], filter_wise):
-        theta0 = theta0.to(wide)
-        deltas = torch.stack([theta.to(wide) - theta0 for theta in thetas], 1)  # [rows, N, elements]
-        # Squares of tiny deltas would leave fp32's range, and a sum over 10^8 elements its precision.
-        products = (deltas := deltas.double()) @ deltas.transpose(1, 2)
+        # Squares of tiny deltas would leave fp32's range, and sums over 10^8 elements its precision.
+        deltas = torch.stack([theta.double() - theta0.double() for theta in thetas], 1)  # [rows, N, elements]
+        products = deltas @ deltas.transpose(1, 2)
         if filter_wise:
             dots[where] = products
         else:
@@ -151,20 +150,20 @@ def interpolation_ratio(dots: Tensor, pairwise: str = "cos", clamp: bool = False
 
 
 def interpolate(base: Tensor, tensors: Sequence[Tensor], ratio: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """theta0 + t (mean_k theta_k - theta0), with t of [1] or one for each row, [rows]; a new tensor."""
-    filter_wise, wide = ratio.numel() != 1, _wide(base, tensors)
+    """t mean_k theta_k + (1 - t) theta0, with t of [1] or one for each row, [rows]; a new tensor.
+
+    Exact at both ends: t = 0 gives theta0 to the bit, and t = 1 with identical models gives them.
+    """
+    filter_wise = ratio.numel() != 1
     merged = torch.empty_like(base, dtype=dtype or base.dtype, memory_format=torch.contiguous_format)
     chunks = _chunks([base, *tensors, merged], filter_wise)
     for where, (theta0, *thetas, out) in chunks:
-        theta0 = theta0.to(wide)
-        delta = functools.reduce(torch.add, (theta.to(wide) - theta0 for theta in thetas)).div_(len(thetas))
-        t = ratio[where, None] if filter_wise else ratio
-        out.copy_(theta0.addcmul(delta, t.to(wide)))
+        average = functools.reduce(torch.add, (theta.double() for theta in thetas)) / len(thetas)
+        t = ratio.double()[where, None] if filter_wise else ratio.double()
+        # Its last digits are the square roots' rounding; without them identical models are themselves.
+        t = torch.where((t - 1).abs() < 1e-14, 1.0, t)
+        out.copy_(t * average + (1 - t) * theta0.double())
     return merged
-
-
-def _wide(base: Tensor, tensors: Sequence[Tensor]) -> torch.dtype:
-    return functools.reduce(torch.promote_types, (t.dtype for t in (base, *tensors)), torch.float32)
 
 
 def _rows(tensor: Tensor, filter_wise: bool) -> Tensor:

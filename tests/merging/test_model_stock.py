@@ -53,8 +53,9 @@ def test_pairwise_means_differ_for_unequal_angles():
 
 def test_identical_models_are_themselves():
     theta0, theta = torch.randn(5, 7), torch.randn(5, 7)
-    for n in (2, 4):
-        torch.testing.assert_close(model_stock_tensor(theta0, [theta] * n), theta, atol=1e-6, rtol=0)
+    for n in (2, 3, 4):
+        for filter_wise in (False, True):
+            assert torch.equal(model_stock_tensor(theta0, [theta] * n, filter_wise), theta)
 
 
 def test_orthogonal_zero_and_cancelling_deltas_give_the_base():
