@@ -79,7 +79,7 @@ class AuxiliaryHeadSchedule(L.Callback):
         }
         self._apply(pl_module, self.stage, self.start)
 
-    def _apply(self, pl_module: L.LightningModule, stage: str, start: int) -> None:
+    def _apply(self, pl_module: Any, stage: str, start: int) -> None:
         objective = objective_of(pl_module, type(self).__name__)
         heads = stage == "heads"
         joint = self._joint
@@ -100,7 +100,7 @@ class AuxiliaryHeadSchedule(L.Callback):
         # A fresh optimizer and schedule is what the paper's recipe asks for; DDP reduces what trained when it wrapped.
         trainer.strategy.setup_optimizers(trainer)
         if isinstance(trainer.strategy.model, torch.nn.parallel.DistributedDataParallel):
-            trainer.strategy.model = trainer.strategy._setup_model(trainer.strategy.lightning_module)
+            trainer.strategy.model = trainer.strategy._setup_model(pl_module)
         rank_zero_info(f"concept-aware fine-tuning: heads are trained, the model trains from step {self.start} on")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -146,7 +146,7 @@ class AuxiliaryHeadCheckpoint(L.Callback):
             self.best = value
             self.save(trainer, pl_module)
 
-    def save(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def save(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Writes the heads on rank zero; under FSDP2 every rank helps to gather them."""
         heads: AuxiliaryHeads = pl_module.auxiliary_heads
         state: dict[str, Tensor] = {

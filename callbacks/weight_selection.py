@@ -79,8 +79,8 @@ class WeightSelection(L.Callback):
             self._take(state_dict)  # outside of fit: nothing to compare with
         elif set(state_dict["selected"]) != self._selected or state_dict["round"] != self.round:
             raise ValueError(
-                f"{type(self).__name__}: the checkpoint trains other weights in round {state_dict['round']} than this run "
-                f"would in round {self.round}: it comes from another network or other arguments."
+                f"{type(self).__name__}: the checkpoint trains other weights in round {state_dict['round']} than this "
+                f"run would in round {self.round}: it comes from another network or other arguments."
             )
 
     def _take(self, state: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class WeightSelection(L.Callback):
         launcher = trainer.strategy.launcher
         if (
             launcher is not None
-            and not launcher.is_interactive_compatible is False
+            and launcher.is_interactive_compatible is not False
             and "Multi" in type(launcher).__name__
         ):
             raise ValueError(
@@ -117,15 +117,15 @@ class WeightSelection(L.Callback):
         for name in sorted(self._candidates):
             if not parameters[name].is_floating_point():
                 raise ValueError(
-                    f"{type(self).__name__}: {name} is stored in {parameters[name].dtype} (quantised) and cannot train in "
-                    "place: load the network unquantised, or add weights with callbacks.PEFT."
+                    f"{type(self).__name__}: {name} is stored in {parameters[name].dtype} (quantised) and cannot "
+                    "train in place: load the network unquantised, or add weights with callbacks.PEFT."
                 )
         owners = pl_module.__dict__.setdefault("_weight_owners", {})
         taken = sorted(name for name in self._candidates if owners.get(name, self) is not self)
         if taken:
             raise ValueError(
-                f"{type(self).__name__} and {type(owners[taken[0]]).__name__} would both choose whether {taken[0]} trains "
-                f"({len(taken)} weights in common): keep one of the two callbacks."
+                f"{type(self).__name__} and {type(owners[taken[0]]).__name__} would both choose whether {taken[0]} "
+                f"trains ({len(taken)} weights in common): keep one of the two callbacks."
             )
         owners.update(dict.fromkeys(self._candidates, self))
         self._before = {name: parameters[name].requires_grad for name in self._candidates}
@@ -149,7 +149,7 @@ class WeightSelection(L.Callback):
         self._count(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Lightning does not call this when it resumes in mid-epoch: the round in the checkpoint is then the epoch's own.
+        # Lightning does not call this when it resumes in mid-epoch: the checkpoint's round is then the epoch's own.
         if self.reselect == "epoch" and trainer.current_epoch > 0:
             self.move(trainer, pl_module)
 
@@ -161,7 +161,7 @@ class WeightSelection(L.Callback):
         self._groups.apply(trainer.optimizers)
         if isinstance(trainer.strategy.model, nn.parallel.DistributedDataParallel):
             # DDP reduces what required a gradient when it wrapped; it would drift without a word (ARCHITECTURE, 3).
-            trainer.strategy.model = trainer.strategy._setup_model(trainer.strategy.lightning_module)  # type: ignore[attr-defined]
+            trainer.strategy.model = trainer.strategy._setup_model(pl_module)
         self._count(trainer, pl_module)
 
     def _count(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

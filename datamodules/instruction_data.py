@@ -213,7 +213,7 @@ class InstructionData(L.LightningDataModule):
         loader = LookAheadDataLoader(
             self._stream(rows) if stream else rows,
             batch_size=self.batch_size,
-            sampler=None if stream else self._sampler(rows, self.shuffle),
+            sampler=self._sampler(rows, self.shuffle) if isinstance(rows, TokenRows) else None,
             num_workers=self.num_workers,
             drop_last=self.drop_last,
             collate_fn=collator(self.tokenizer, self.pad_to_multiple_of),

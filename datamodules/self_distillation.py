@@ -79,8 +79,9 @@ class SelfDistillationData(InstructionData):
         import datasets
 
         rows = super().examples(split)
-        template = self.row_options["chat_template"]
-        carried = [name for name in ("weight", *self.row_options["keep_columns"]) if name in rows.column_names]
+        carried_columns: Any = self.row_options["keep_columns"]
+        template: Any = self.row_options["chat_template"]
+        carried = [name for name in ["weight", *carried_columns] if name in rows.column_names]
         asked = [_prompt(row) for row in rows]
         ids = [prompt_ids(self.tokenizer, prompt, template) for prompt in asked]
         long = [i for i, one in enumerate(ids) if len(one) >= self.max_length]

@@ -1,7 +1,7 @@
 """A callback's own state, read before Lightning restores it.
 
-What trains has to be known before optimizers are made, and under `ModelParallelStrategy` they are made before anything is
-restored (FINDINGS, 2).
+What trains has to be known before optimizers are made, and under `ModelParallelStrategy` they are made before anything
+is restored (FINDINGS, 2).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which parameters an optimizer holds, changed in place while its schedule goes on.
 
-A user's `configure_optimizers` sees every candidate as trainable, so that its filters and groups give each one its home;
-then what does not train now is taken out. The full, ordered groups are remembered by name: a group is always rebuilt in
-the same order, so optimizer state in a checkpoint fits whatever path led to the selection.
+A user's `configure_optimizers` sees every candidate as trainable, so that its filters and groups give each one its
+home; then what does not train now is taken out. The full, ordered groups are remembered by name: a group is always
+rebuilt in the same order, so optimizer state in a checkpoint fits whatever path led to the selection.
 """
 
 from __future__ import annotations

@@ -43,6 +43,6 @@ def write_picture(trainer: L.Trainer, figure: Any, name: str, path: str | Path |
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):  # Weights & Biases
             logger.log_image(name, [str(path)], step=trainer.global_step)
-        elif hasattr(getattr(logger, "experiment", None), "add_figure"):  # TensorBoard
-            logger.experiment.add_figure(name, figure, global_step=trainer.global_step)
+        elif hasattr(experiment := getattr(logger, "experiment", None), "add_figure"):  # TensorBoard
+            experiment.add_figure(name, figure, global_step=trainer.global_step)
     return path

@@ -52,7 +52,7 @@ class Example:
         network: Family of the tiny network: "llama", "gpt2", "bert", "t5", "vit", "mixtral".
         module: The ready LightningModule around it.
         arguments: Arguments of the component.
-        data: "tokens" (random ids with labels), "classes", "pairs", "text" (rows for a DataModule), or "none" (its own).
+        data: "tokens" (random ids with labels), "classes", "pairs", "text" (rows for a DataModule), "none" (its own).
         module_arguments: Further arguments of the module.
         trains: Regular expression of the names that training may change; everything else must not move.
         second: Arguments of a second callback of the class in the same run.
@@ -151,17 +151,47 @@ TECHNIQUES: tuple[Technique, ...] = (
             Component(
                 "lightning_peft.objectives.concept_aware.ConceptAwareFineTuningMixin",
                 "mixin",
-                Example(arguments={"predicted_tokens": 3, "heads_init": "copy", "heads_coefficient": 0.1}),
+                Example(
+                    arguments={"predicted_tokens": 3, "heads_init": "copy", "heads_coefficient": 0.1},
+                    trains=r"^model\.",
+                ),
                 ready="lightning_peft.objectives.concept_aware.ConceptAwareCausalLM",
             ),
             Component(
                 "lightning_peft.objectives.concept_aware.AuxiliaryHeadPretrainingMixin",
                 "mixin",
-                Example(arguments={"predicted_tokens": 3}),
+                Example(arguments={"predicted_tokens": 3}, trains=r"^auxiliary_heads\."),
                 ready="lightning_peft.objectives.concept_aware.AuxiliaryHeadPretrainingCausalLM",
             ),
-            Component("lightning_peft.callbacks.concept_aware.AuxiliaryHeadSchedule", "callback"),
-            Component("lightning_peft.callbacks.concept_aware.AuxiliaryHeadCheckpoint", "callback"),
+            Component(
+                "lightning_peft.callbacks.concept_aware.AuxiliaryHeadSchedule",
+                "callback",
+                Example(
+                    module="ConceptAwareCausalLM",
+                    module_arguments={"predicted_tokens": 3, "heads_init": "copy", "finetune_heads": True},
+                    arguments={"heads_epochs": 1, "heads_learning_rate": 0.05, "heads_warmup_steps": 1},
+                    trains=r"^(model|auxiliary_heads)\.",
+                ),
+                {
+                    "drop-in": "needs a module with auxiliary heads; refuses others by name",
+                    "manual": "needs a module with auxiliary heads; refuses others by name",
+                    "two": "a run has one first stage",
+                },
+            ),
+            Component(
+                "lightning_peft.callbacks.concept_aware.AuxiliaryHeadCheckpoint",
+                "callback",
+                Example(
+                    module="ConceptAwareCausalLM",
+                    module_arguments={"predicted_tokens": 3, "heads_init": "copy"},
+                    second={"path": "best.safetensors", "monitor": "val_multi_token_loss"},
+                    trains=r"^model\.",
+                ),
+                {
+                    "drop-in": "needs a module with auxiliary heads; refuses others by name",
+                    "manual": "needs a module with auxiliary heads; refuses others by name",
+                },
+            ),
             Component(
                 "lightning_peft.datamodules.self_distillation.SelfDistillationData",
                 "datamodule",
@@ -331,12 +361,38 @@ TECHNIQUES: tuple[Technique, ...] = (
 #: What serves all papers.
 SHARED: tuple[Component, ...] = (
     Component("lightning_peft.models.fine_tuning_module.FineTuningModule", "module"),
-    Component("lightning_peft.models.causal_lm.CausalLM", "module"),
-    Component("lightning_peft.models.sequence_classifier.SequenceClassifier", "module"),
-    Component("lightning_peft.models.text_encoder.TextEncoder", "module"),
-    Component("lightning_peft.callbacks.random_state.RandomState", "callback"),
-    Component("lightning_peft.callbacks.loss_curves.LossCurves", "callback"),
-    Component("lightning_peft.callbacks.position_loss.PositionLoss", "callback"),
+    Component("lightning_peft.models.causal_lm.CausalLM", "module", Example("gpt2")),
+    Component(
+        "lightning_peft.models.sequence_classifier.SequenceClassifier",
+        "module",
+        Example("bert", "SequenceClassifier", data="classes"),
+    ),
+    Component(
+        "lightning_peft.models.text_encoder.TextEncoder",
+        "module",
+        Example("bert", "TextEncoder", data="pairs"),
+        {"accumulation": "in-batch negatives are those of the micro-batch"},
+    ),
+    Component(
+        "lightning_peft.callbacks.random_state.RandomState",
+        "callback",
+        Example(),
+        {"two": "a run has one random state"},
+    ),
+    Component(
+        "lightning_peft.callbacks.loss_curves.LossCurves",
+        "callback",
+        Example(second={"names": ["val_loss"], "path": "held_out.png"}),
+    ),
+    Component(
+        "lightning_peft.callbacks.position_loss.PositionLoss",
+        "callback",
+        Example(second={"path": "rough.png", "smooth": 1}),
+        {
+            "drop-in": "reads the terms that a FineTuningModule's validation returns; refuses others by name",
+            "manual": "reads the terms that a FineTuningModule's validation returns; refuses others by name",
+        },
+    ),
     Component(
         "lightning_peft.datamodules.instruction_data.InstructionData",
         "datamodule",

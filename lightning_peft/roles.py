@@ -142,17 +142,17 @@ def weights_by_role(network: nn.Module) -> list[Weight]:
         places[name] = (index, _stack_of(name, block, inner))
     weights = []
     for name, parameter in network.named_parameters():
-        block = next((b for b in _prefixes(name) if b in places), None)
+        inside: str | None = next((b for b in _prefixes(name) if b in places), None)
         owner = modules[name.rpartition(".")[0]]
         is_bias = name.rpartition(".")[2] == "bias" or name.endswith("_bias")
         if _is_added(name, modules):
             role = "adapter"
-        elif block is not None:
-            role = _role_in_block(name[len(block) + 1 :], parameter, modules[block], owner)
+        elif inside is not None:
+            role = _role_in_block(name[len(inside) + 1 :], parameter, modules[inside], owner)
         else:
             role = "head" if owner in heads else _role_outside(name, owner, inner, modules)
-        index, stack = places[block] if block is not None else (None, None)
-        weights.append(Weight(name, role, block, index, stack, is_bias))
+        index, stack = places[inside] if inside is not None else (None, None)  # type: ignore[assignment]
+        weights.append(Weight(name, role, inside, index, stack, is_bias))
     return weights
 
 
@@ -199,7 +199,7 @@ def _pretrained_inside(module: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, child in module.named_modules():
         inside = any(prefix in found for prefix in _prefixes(name))
-        if name and not inside and isinstance(child, tuple(classes)):
+        if name and not inside and any(isinstance(child, cls) for cls in classes):
             found[name] = child
     return found
 
@@ -303,7 +303,8 @@ def _ffn_part(segments: list[str], path: str, block: nn.Module, owner: nn.Module
     siblings = {s[-1] for s in (_segments(name) for name, _ in block.named_parameters()) if s}
     if part == "gate" and leaf == "w1" and not siblings & {"w3", "v1"}:
         part = "up"
-    matrix = owner.weight if isinstance(getattr(owner, "weight", None), Tensor) else parameter
+    weight = getattr(owner, "weight", None)
+    matrix = weight if isinstance(weight, Tensor) else parameter
     if part is None:  # an unknown name: by shape, widening is up and narrowing is down
         out, width = _out_in(owner, matrix)
         part = "up" if out > width else "down" if out < width else None
@@ -312,7 +313,7 @@ def _ffn_part(segments: list[str], path: str, block: nn.Module, owner: nn.Module
     return part
 
 
-def _out_in(owner: nn.Module, matrix: Tensor) -> tuple[int, int]:
+def _out_in(owner: Any, matrix: Tensor) -> tuple[int, int]:
     if hasattr(owner, "out_features") and hasattr(owner, "in_features"):
         return int(owner.out_features), int(owner.in_features)
     if matrix.ndim < 2:
@@ -324,7 +325,8 @@ def _out_in(owner: nn.Module, matrix: Tensor) -> tuple[int, int]:
 def _feeds_half(owner: nn.Module, matrix: Tensor, block: nn.Module) -> bool:
     """Whether the matrix's output is gate and up together: the next one narrows from half its width (ModernBERT)."""
     out, hidden = _out_in(owner, matrix)
-    narrowing = {_out_in(m, m.weight) for m in block.modules() if isinstance(getattr(m, "weight", None), Tensor)}
+    owners: list[Any] = [m for m in block.modules() if isinstance(getattr(m, "weight", None), Tensor)]
+    narrowing = {_out_in(m, m.weight) for m in owners}
     return (hidden, out // 2) in narrowing and (hidden, out) not in narrowing
 
 

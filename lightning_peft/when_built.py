@@ -14,7 +14,7 @@ import lightning.pytorch as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-Action = Callable[[L.LightningModule], None]
+Action = Callable[[L.LightningModule], Any]
 
 
 def has_parameters(module: nn.Module) -> bool:

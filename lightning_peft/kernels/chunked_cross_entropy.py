@@ -194,7 +194,7 @@ class FrozenHead(torch.autograd.Function):
         with torch.no_grad():
             grad = None if g is None else (d_nll * g[:, None].to(d_nll.dtype))
             if g_lse is not None or g_entropy is not None:
-                saved = (rows, weight, bias, labels, None)
+                saved: tuple[Any, ...] = (rows, weight, bias, labels, None)
                 with _autocast_off(rows):
                     more = _backward_through_logits(saved, ctx.logits, (True, False, False), (None, g_lse, g_entropy))
                 grad = more[0] if grad is None else grad + more[0]

@@ -43,7 +43,7 @@ class Rows(NamedTuple):
     entropy: Tensor | None
     is_argmax: Tensor | None
     labels: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
 
 
 class WeightedOutput(NamedTuple):

@@ -171,7 +171,7 @@ class CausalLM(FineTuningModule):
                 sums[term.name], sizes_of[term.name] = term.nll.detach().sum(), len(term.nll)
         if rule is not None:
             sums["nll"], sizes_of["nll"] = units.nll[:own_rows].sum(), own_rows
-        own = Rows(*(None if column is None else column[:own_rows] for column in units))
+        own = Rows(*(None if column is None else column[:own_rows] for column in units))  # type: ignore[arg-type]
         return StepTerms(loss, sums, sizes_of, own._replace(index=index[:own_rows]), per_row)
 
     def _reduce(

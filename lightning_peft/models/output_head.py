@@ -52,7 +52,7 @@ class LogitTransform:
             )
 
 
-def head_of(network: nn.Module) -> nn.Module:
+def head_of(network: Any) -> nn.Module:
     """The module that makes logits, as the network calls it (through PEFT wrapping)."""
     head = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
     if head is None:
@@ -63,12 +63,12 @@ def head_of(network: nn.Module) -> nn.Module:
     return head
 
 
-def matrix_of(head: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+def matrix_of(head: Any) -> tuple[Tensor, Tensor | None] | None:
     """The head's weight [V, H] and bias [V] if it is a plain linear; `None` if it is more (LoRA, quantised, ...)."""
     from peft.utils.other import ModulesToSaveWrapper
 
     if isinstance(head, ModulesToSaveWrapper):
-        saved = {} if head.disable_adapters else dict(head.modules_to_save.items())
+        saved: dict[Any, Any] = {} if head.disable_adapters else dict(head.modules_to_save.items())
         head = saved.get(head.active_adapter, head.original_module)
     # fully_shard makes a subclass of the module's own class on the fly; nothing else may stand for Linear.
     plain = type(head) is nn.Linear or (isinstance(head, nn.Linear) and type(head).__name__ == "FSDPLinear")
@@ -137,7 +137,7 @@ def head_nll(
     if matrix is None:
         return nll_through_head(forward, hidden, labels, transform)
     weight, bias = matrix
-    return linear_cross_entropy(
+    made = linear_cross_entropy(
         hidden,
         weight,
         labels,
@@ -146,3 +146,5 @@ def head_nll(
         logit_scale=transform.scale,
         statistics=statistics,
     )
+    assert isinstance(made, CrossEntropyOutput)  # statistics were given
+    return made

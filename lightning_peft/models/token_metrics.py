@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import lightning.pytorch as L
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
@@ -40,14 +41,15 @@ class MultiTokenLoss(Metric):
 
     def losses(self) -> Tensor:
         """L_k of every head, [heads]; 0 for a head without a label."""
-        return self.sums / self.counts.clamp(min=1)
+        sums: Any = self.sums
+        return sums / self.counts.clamp(min=1)
 
     def compute(self) -> Tensor:
         return (self.losses() * self.decays).sum()
 
 
 def log_term(
-    module: L.LightningModule,
+    module: Any,
     name: str,
     total: Tensor,
     count: int,
@@ -58,7 +60,7 @@ def log_term(
     key = f"{name}_{dataloader_idx}" if dataloader_idx else name
     if key not in module.metrics:
         module.metrics[key] = kind().to(module.device)
-    metric = module.metrics[key]
+    metric: Any = module.metrics[key]
     if count:
         metric.update(total.float() / count, weight=torch.tensor(float(count), device=module.device))
     module.log(name, metric, metric_attribute=f"metrics.{key}", prog_bar=name.endswith("_loss"))

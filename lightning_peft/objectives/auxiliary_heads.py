@@ -135,7 +135,8 @@ class AuxiliaryHeads(nn.ModuleList):
             if self.separate_unembedding:
                 chosen = targets.flatten()
                 rows = hidden[:, -targets.shape[1] :].flatten(0, 1)
-                hidden = linear_cross_entropy(rows, head.lm_head.weight, chosen, head.lm_head.bias)
+                own: Any = head.lm_head
+                hidden = linear_cross_entropy(rows, own.weight, chosen, own.bias)
                 hidden = hidden[chosen != IGNORED]
             outputs.append(hidden)
         return outputs

@@ -166,7 +166,7 @@ class ConceptAwareFineTuning(Objective):
         key = f"{stage}_multi_token_loss" + (f"_{dataloader_idx}" if dataloader_idx else "")
         if key not in module.metrics:
             module.metrics[key] = MultiTokenLoss(self.predicted_tokens, self.head_decay).to(module.device)
-        metric = module.metrics[key]
+        metric: Any = module.metrics[key]
         metric.update(
             torch.stack([terms.sums[n].float() for n in names]),
             torch.tensor([float(terms.counts[n]) for n in names], device=module.device),
@@ -283,7 +283,7 @@ class ConceptAwareFineTuningMixin:
             reproduce_repository,
         )
         super().__init__(*args, **kwargs)
-        self.add_objective(objective)
+        self.add_objective(objective)  # type: ignore[attr-defined]
 
 
 class AuxiliaryHeadPretrainingMixin:
@@ -327,7 +327,7 @@ class AuxiliaryHeadPretrainingMixin:
             reproduce_repository,
         )
         super().__init__(*args, **kwargs)
-        self.add_objective(objective)
+        self.add_objective(objective)  # type: ignore[attr-defined]
 
 
 class ConceptAwareCausalLM(ConceptAwareFineTuningMixin, CausalLM):
