@@ -8,5 +8,13 @@ from lightning_peft.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     weighted_linear_cross_entropy,
 )
+from lightning_peft.kernels.linear_kl import linear_kl
 
-__all__ = ["CrossEntropyOutput", "Rows", "WeightedOutput", "linear_cross_entropy", "weighted_linear_cross_entropy"]
+__all__ = [
+    "CrossEntropyOutput",
+    "Rows",
+    "WeightedOutput",
+    "linear_cross_entropy",
+    "linear_kl",
+    "weighted_linear_cross_entropy",
+]

@@ -9,16 +9,17 @@ with an upstream gradient per row: Liger's one-scalar form cannot weight tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cache
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_peft.kernels.chunked_cross_entropy import (
-    FrozenHead,
     Logits,
-    TrainableHead,
+    RowLosses,
     WeightedRows,
     reference_statistics,
 )
@@ -84,7 +85,7 @@ def linear_cross_entropy(
         logit_scale: Factor on the logits, before the cap.
         ignore_index: Label of rows without a loss; they get 0.
         backend: "auto", "triton", "torch" or "reference" (differentiable twice).
-        chunk_rows: Rows of logits held at once; by default a few tens of megabytes of them.
+        chunk_rows: How many rows' worth of logits are held at once; by default a few tens of megabytes.
         statistics: Any of "lse", "entropy", "is_argmax". Given (also empty), the result is a `CrossEntropyOutput`.
 
     Raises:
@@ -95,18 +96,13 @@ def linear_cross_entropy(
     logits = _checked(hidden, weight, labels, bias, softcap, logit_scale, ignore_index, backend, chunk_rows)
     kept = _kept(labels, ignore_index)
     rows, targets = (hidden, labels) if kept is None else (hidden[kept], labels[kept])
-    parts: tuple[Tensor | None, ...]
     if backend == "reference":
-        parts = reference_statistics(rows, weight, bias, targets, logits, asked)
+        parts = reference_statistics(rows, weight, bias, targets, logits)
     else:
         # Read before apply: `needs_input_grad` stays True under no_grad.
-        wants_grad = torch.is_grad_enabled()
-        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-        function = TrainableHead if trained and wants_grad else FrozenHead
-        parts = function.apply(rows, weight, bias, targets, logits, asked, wants_grad)
-    if kept is not None:
-        parts = tuple(None if p is None else p.new_zeros(len(labels)).index_put((kept,), p) for p in parts)
-    output = CrossEntropyOutput(*parts)  # type: ignore[arg-type]
+        parts = RowLosses.apply(rows, weight, bias, targets, logits, asked, torch.is_grad_enabled())
+    named = _asked_for(CrossEntropyOutput._fields, parts, asked, kept, len(labels))
+    output = CrossEntropyOutput(*named)  # type: ignore[arg-type]
     return output.nll if statistics is None else output
 
 
@@ -150,7 +146,7 @@ def weighted_linear_cross_entropy(
     """
     if backend == "reference":
         raise ValueError("weighted_linear_cross_entropy has no 'reference' backend: weight linear_cross_entropy's nll.")
-    asked = _asked(statistics)
+    asked = _asked(statistics, STATISTICS - {"lse"})
     logits = _checked(hidden, weight, labels, bias, softcap, logit_scale, ignore_index, backend, chunk_rows)
     kept = _kept(labels, ignore_index)
     index = torch.arange(len(labels), device=labels.device) if kept is None else kept
@@ -161,22 +157,41 @@ def weighted_linear_cross_entropy(
         chunk = slice(start, start + len(nll))
         if rule is None:
             return torch.ones_like(nll)
-        given = rule(Rows(nll, entropy, is_argmax, targets[chunk], index[chunk]))
+        with torch.no_grad():
+            given = rule(Rows(nll, entropy, is_argmax, targets[chunk], index[chunk]))
         if given.shape != nll.shape:
             raise ValueError(f"rule gave weights of shape {tuple(given.shape)} for rows of shape {tuple(nll.shape)}.")
         return given.detach().to(nll)
 
-    wants_grad = torch.is_grad_enabled()
-    loss, *parts = WeightedRows.apply(rows, weight, bias, targets, factors, logits, asked, weigh, wants_grad)
-    if kept is not None:
-        parts = [None if p is None else p.new_zeros(len(labels)).index_put((kept,), p) for p in parts]
-    return loss, WeightedOutput(*parts)
+    parts: tuple[Tensor | None, ...]
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        loss, *parts = WeightedRows.apply(rows, weight, bias, targets, factors, logits, asked, weigh)
+    else:
+        # A frozen head's gradient is made in the forward anyhow, whatever the weights.
+        wants_grad = torch.is_grad_enabled()
+        nll, _, entropy, is_argmax = RowLosses.apply(rows, weight, bias, targets, logits, asked, wants_grad)
+        known = None if entropy is None else entropy.detach()
+        weights = weigh(nll.detach(), known, is_argmax, 0)
+        loss = (nll * (weights if factors is None else weights * factors)).sum()
+        parts = nll.detach(), known, is_argmax, weights
+    return loss, WeightedOutput(*_asked_for(WeightedOutput._fields, parts, asked, kept, len(labels)))  # type: ignore[arg-type]
 
 
-def _asked(statistics: Collection[str]) -> frozenset[str]:
+def _asked_for(
+    names: Iterable[str], parts: Iterable[Tensor | None], asked: frozenset[str], kept: Tensor | None, n: int
+) -> Iterator[Tensor | None]:
+    """Of the kept rows' columns those that were asked for, each spread over all n rows with zeros elsewhere."""
+    for name, part in zip(names, parts):
+        if part is None or name in STATISTICS - asked:
+            yield None
+        else:
+            yield part if kept is None else part.new_zeros(n).index_put((kept,), part)
+
+
+def _asked(statistics: Collection[str], known: frozenset[str] = STATISTICS) -> frozenset[str]:
     asked = frozenset(statistics)
-    if not asked <= STATISTICS:
-        raise ValueError(f"statistics={sorted(asked)}: known are {sorted(STATISTICS)}.")
+    if not asked <= known:
+        raise ValueError(f"statistics={sorted(asked)}: known are {sorted(known)}.")
     return asked
 
 
@@ -197,46 +212,88 @@ def _checked(
     backend: str,
     chunk_rows: int | None,
 ) -> Logits:
-    from torch.distributed.tensor import DTensor
-
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not known: use one of {BACKENDS}.")
-    if isinstance(weight, DTensor):
+    check_head(hidden, weight, bias)
+    if labels.shape != hidden.shape[:1]:
         raise ValueError(
-            "weight is a sharded DTensor: call inside the output head's own forward, where FSDP2 has gathered it, or "
-            'pass weight.full_tensor(grad_placements=[Partial("avg")]); a plain full_tensor() gives a wrong gradient.'
+            f"labels have shape {tuple(labels.shape)}, expected ({len(hidden)},): one for each row of hidden. Flatten "
+            "batch and time first."
         )
-    if hidden.ndim != 2 or weight.ndim != 2 or labels.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"hidden must be [N, H], weight [V, H] and labels [N]; got {tuple(hidden.shape)}, {tuple(weight.shape)} "
-            f"and {tuple(labels.shape)}. Flatten batch and time first."
-        )
-    if hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden has width {hidden.shape[1]} and weight {weight.shape[1]}: they must be equal.")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({len(weight)},).")
-    if not (hidden.is_floating_point() and weight.is_floating_point()):
-        raise ValueError(
-            f"hidden is {hidden.dtype} and weight {weight.dtype}: both must be floating. Dequantise a "
-            "quantised head first."
-        )
-    kind = hidden.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    if not autocast and hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden is {hidden.dtype} and weight {weight.dtype}: cast one of them, or use autocast.")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels are {labels.dtype}: they must be int64.")
+    _check_range(labels, len(weight), ignore_index)
+    return logits_of(hidden, weight, softcap, logit_scale, backend, chunk_rows)
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, suffix: str = "") -> None:
+    """Raises where rows and a head do not fit; `suffix` ends the arguments' names."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(weight, DTensor):
+        raise ValueError(
+            f"weight{suffix} is a sharded DTensor: call inside the output head's own forward, where FSDP2 has gathered "
+            'it, or pass weight.full_tensor(grad_placements=[Partial("avg")]); a plain full_tensor() gives a wrong '
+            "gradient."
+        )
+    if hidden.ndim != 2 or weight.ndim != 2:
+        raise ValueError(
+            f"hidden{suffix} must be [N, H] and weight{suffix} [V, H]; got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}. Flatten batch and time first."
+        )
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden{suffix} has width {hidden.shape[1]} and weight{suffix} {weight.shape[1]}: they must be equal."
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias{suffix} has shape {tuple(bias.shape)}, expected ({len(weight)},).")
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(
+            f"hidden{suffix} is {hidden.dtype} and weight{suffix} {weight.dtype}: both must be floating. Dequantise a "
+            "quantised head first."
+        )
+    if not torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"hidden{suffix} is {hidden.dtype} and weight{suffix} {weight.dtype}: cast one of them, or use autocast."
+        )
+
+
+def logits_of(
+    hidden: Tensor, weight: Tensor, softcap: float | None, logit_scale: float, backend: str, chunk_rows: int | None
+) -> Logits:
+    """How the logits of a checked hidden and weight are made: by which backend, in what dtype, how many at once."""
+    kind = hidden.device.type
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows={chunk_rows} must be at least 1.")
-    _check_range(labels, len(weight), ignore_index)
+    # Autocast leaves float64 alone, and so do we.
+    autocast = torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64
     dtype = torch.get_autocast_dtype(kind) if autocast else hidden.dtype
-    return Logits(softcap, logit_scale, dtype, chunk_rows or default_chunk_rows(len(weight), kind))
+    # On a CPU a tile of 24 MB; elsewhere of 128 MB, so that the products fill the device. Chunks of whole rows add to
+    # the head's whole gradient each time, so they are larger: a quarter of all, up to four such tiles.
+    held = 6 * 2**20 if kind == "cpu" else 2**25
+    rows = min(max(len(hidden) * len(weight) // 4, held), 4 * held) // len(weight)
+    if chunk_rows is not None:
+        held, rows = chunk_rows * len(weight), chunk_rows
+    if backend == "triton" or (backend == "auto" and _triton_serves(hidden, dtype)):
+        try:
+            from lightning_peft.kernels.triton_cross_entropy import TritonLogits
+        except ImportError as missing:
+            raise ImportError("backend='triton' needs the package triton: install it or use 'torch'.") from missing
+        TritonLogits.check(hidden, dtype)
+        return TritonLogits(softcap, logit_scale, dtype, held, max(1, rows))
+    return Logits(softcap, logit_scale, dtype, held, max(1, rows))
 
 
-def default_chunk_rows(vocabulary: int, device: str) -> int:
-    """Rows whose fp32 logits take about 24 MB on a CPU, 512 MB elsewhere: large enough for the product to run full."""
-    elements = 6 * 2**20 if device == "cpu" else 2**27
-    return max(16, elements // vocabulary // 16 * 16)
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
+
+
+def _triton_serves(hidden: Tensor, dtype: torch.dtype) -> bool:
+    """Whether "auto" is Triton: on a GPU with tensor cores for bf16 (Ampere on), where the package is installed."""
+    if not hidden.is_cuda or dtype == torch.float64 or not _triton_installed():
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(hidden.device) >= (8, 0)
 
 
 def _check_range(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
