@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_peft.checkpoint import resumed_callback_state
+from lightning_peft.host_copies import reshard
 from lightning_peft.objectives.auxiliary_heads import AuxiliaryHeads, save_heads
 from lightning_peft.objectives.concept_aware import AuxiliaryHeadPretraining, ConceptAwareFineTuning
 
@@ -96,6 +97,7 @@ class AuxiliaryHeadSchedule(L.Callback):
         if self.stage == "model" or trainer.current_epoch < self.heads_epochs:
             return
         self.stage, self.start = "model", trainer.global_step
+        reshard(pl_module)  # what FSDP2 still holds gathered would not learn that it trains now
         self._apply(pl_module, self.stage, self.start)
         # A fresh optimizer and schedule is what the paper's recipe asks for; DDP reduces what trained when it wrapped.
         trainer.strategy.setup_optimizers(trainer)
@@ -121,6 +123,10 @@ class AuxiliaryHeadCheckpoint(L.Callback):
     def __init__(self, path: str | None = None, monitor: str | None = None) -> None:
         self.path, self.monitor = path, monitor
         self.best = float("inf")
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(path=self.path, monitor=self.monitor)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

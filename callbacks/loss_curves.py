@@ -27,6 +27,10 @@ class LossCurves(L.Callback):
         self.names, self.path, self.every_n_steps = names, path, every_n_steps
         self.curves: dict[str, list[list[float]]] = {}  # name -> [[step, value], ...]
 
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(names=self.names, path=self.path)
+
     def state_dict(self) -> dict[str, Any]:
         return {"curves": self.curves}
 

@@ -134,10 +134,8 @@ class ModelStock(L.Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             check_length(trainer, self.period, self.partners + 1, self.turn, self._began)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        # What another callback unfreezes later was the same in all models until now.
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        # What another callback has unfrozen was the same in all models until now.
         late = [n for n, p in pl_module.named_parameters() if p.requires_grad and n not in self._theta0]
         if late:
             reshard(pl_module)

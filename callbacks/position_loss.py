@@ -31,6 +31,10 @@ class PositionLoss(L.Callback):
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, Tensor] = {}
 
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(path=self.path, smooth=self.smooth)
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._sums, self._counts = {}, {}
 
@@ -55,7 +59,11 @@ class PositionLoss(L.Callback):
                 store[name] = total.index_add(0, positions, values)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or not self._sums:
+        if trainer.sanity_checking:
+            return
+        if trainer.world_size > 1:
+            self._sums, self._counts = _over_ranks(self._sums), _over_ranks(self._counts)
+        if not trainer.is_global_zero or not self._sums:
             return
         figure, axes = new_figure()
         window = torch.ones(1, 1, self.smooth)
@@ -70,3 +78,14 @@ class PositionLoss(L.Callback):
         axes.set(xlabel="position in the row", ylabel="held-out loss (nats a token)")
         axes.legend()
         write_picture(trainer, figure, "position_loss", self.path)
+
+
+def _over_ranks(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Adds up what every rank has seen; rows may be of other lengths there."""
+    every: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, sums)
+    added: dict[str, Tensor] = {}
+    for name in sums:
+        columns = [own[name] for own in every if name in own]
+        added[name] = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True).sum(0)
+    return added

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lightning_peft.checkpoint import restore_loader_positions
+
 
 def random_state() -> dict[str, Any]:
     """This process's generators (torch, CUDA, NumPy, Python) as tensors and JSON values."""
@@ -43,19 +45,22 @@ def set_random_state(state: dict[str, Any]) -> None:
 class RandomState(L.Callback):
     """Keeps every rank's random state in the checkpoint and restores it before the first resumed batch.
 
-    One of these makes a killed and resumed run bit-equal to the one that was never stopped (dropout, sampled masks).
-    The command line adds it by itself.
+    One of these makes a killed and resumed run bit-equal to the one that was never stopped (dropout, sampled masks; the
+    place in the data as well, where a schedule asks for the number of steps). What is drawn between two training
+    batches, by validation or its loaders, leaves the numbers of training alone: a resumed run may not repeat it. The
+    command line adds one by itself.
 
     Raises:
         ValueError: The checkpoint was written by another number of processes.
     """
 
     def __init__(self) -> None:
-        self._states: list[dict[str, Any]] | None = None
+        self._loaded: list[dict[str, Any]] | None = None
+        self._held: dict[str, Any] | None = None  # after the last training batch
 
     def state_dict(self) -> dict[str, Any]:
         """Every rank's state. A collective call under distributed strategies, as saving a checkpoint is."""
-        own = random_state()
+        own = random_state() if self._held is None else self._held
         if not (dist.is_available() and dist.is_initialized()):
             return {"ranks": [own]}
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -63,19 +68,29 @@ class RandomState(L.Callback):
         return {"ranks": gathered}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._states = state_dict["ranks"]
+        self._loaded = state_dict["ranks"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._held = None
+        restore_loader_positions(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         # Not earlier: building the network, loaders and the sanity check all draw numbers (FINDINGS, 8).
-        if self._states is None:
-            return
-        states, self._states = self._states, None
-        if len(states) != trainer.world_size:
-            raise ValueError(
-                f"the checkpoint holds the random state of {len(states)} processes and this run has "
-                f"{trainer.world_size}: resume with as many, or remove the RandomState callback to go on with new "
-                "random numbers."
-            )
-        set_random_state(states[trainer.global_rank])
+        if self._loaded is not None:
+            states, self._loaded = self._loaded, None
+            if len(states) != trainer.world_size:
+                raise ValueError(
+                    f"the checkpoint holds the random state of {len(states)} processes and this run has "
+                    f"{trainer.world_size}: resume with as many, or remove the RandomState callback to go on with new "
+                    "random numbers."
+                )
+            set_random_state(states[trainer.global_rank])
+        elif self._held is not None:
+            set_random_state(self._held)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._held = random_state()

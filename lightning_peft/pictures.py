@@ -22,8 +22,10 @@ def new_figure(width: float = 7.0, height: float = 4.0) -> tuple[Any, Any]:
 def run_folder(trainer: L.Trainer) -> Path:
     """Where a run's files go: its checkpoints' folder, else the logger's, else `default_root_dir`."""
     checkpoint = trainer.checkpoint_callback
-    folder = getattr(checkpoint, "dirpath", None) or trainer.log_dir or trainer.default_root_dir
-    return Path(folder)
+    logger = trainer.loggers[0] if trainer.loggers else None
+    # Not `trainer.log_dir`, which is a collective call: pictures are drawn on rank zero alone.
+    places = (getattr(checkpoint, "dirpath", None), getattr(logger, "log_dir", None), getattr(logger, "save_dir", None))
+    return Path(next((place for place in places if place), trainer.default_root_dir))
 
 
 def write_picture(trainer: L.Trainer, figure: Any, name: str, path: str | Path | None = None) -> Path:
