@@ -34,11 +34,16 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else b""
 
 
+def is_packed(layer: nn.Module) -> bool:
+    """Whether a layer is bitsandbytes' own (PEFT's adapters around one have the same class names)."""
+    return type(layer).__module__.startswith("bitsandbytes.") and hasattr(layer, "weight")
+
+
 def _quantised(module: nn.Module) -> dict[str, str]:
     """Name of each weight held in 4 or 8 bits -> digest of the weight it was made from, or of its packed form."""
     found = {}
     for name, part in module.named_modules():
-        if type(part).__name__ in ("Linear4bit", "Linear8bitLt"):
+        if is_packed(part):
             found[f"{name}.weight"] = part.__dict__.get("source_digest") or digest(part.weight)
     return found
 
@@ -46,7 +51,8 @@ def _quantised(module: nn.Module) -> dict[str, str]:
 def base_digests(module: nn.Module, quantised_only: bool = False) -> dict[str, str]:
     """Digest of each frozen weight, by its name in the state dict: what a delta may leave out while it is unchanged.
 
-    Weights that an adapter's injection wrote into (PiSSA, KaSA) are not among them.
+    Weights that an adapter's injection wrote into (PiSSA, KaSA) are not among them, nor the originals of modules that
+    train whole.
 
     Raises:
         RuntimeError: The weights are not there yet (meta device).
@@ -57,6 +63,8 @@ def base_digests(module: nn.Module, quantised_only: bool = False) -> dict[str, s
     changed = set()
     for path, part in module.named_modules():
         changed |= {f"{path}.{name}" for name in part.__dict__.get("_lightning_peft_changed", ())}
+        if path.endswith("original_module"):  # of a task's head, often drawn anew by every process: never left out
+            changed |= {f"{path}.{name}" for name, _ in part.named_parameters()}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if parameter.requires_grad or name in digests or name in changed:
             continue

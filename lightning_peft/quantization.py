@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_peft.delta import digest
+from lightning_peft.delta import digest, is_packed
 
 
 def quantization_settings(given: dict[str, Any]) -> Any:
@@ -47,7 +47,7 @@ def quantization_settings(given: dict[str, Any]) -> Any:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether any layer holds 4- or 8-bit weights of bitsandbytes."""
-    return any(type(part).__name__ in ("Linear4bit", "Linear8bitLt") for part in module.modules())
+    return any(is_packed(part) for part in module.modules())
 
 
 def quantize(network: Any, given: dict[str, Any]) -> None:
