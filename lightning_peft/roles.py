@@ -13,9 +13,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-Stack = Literal["decoder", "encoder"]
+from lightning_peft.parts import leaves_of
 
-#: All roles. A fused projection of several of q, k and v is "attention.qkv", one of gate and up "ffn.gate_up".
+Stack = Literal["decoder", "encoder"]
+Layout = Literal["out_in", "in_out"]
+
+#: All roles. A fused projection of several of q, k and v is "attention.qkv", one of gate and up "ffn.gate_up"; "other"
+#: is the network's, "beside" what stands beside it in a LightningModule.
 ROLES = (
     *(f"attention.{part}" for part in ("q", "k", "v", "o", "qkv")),
     *(f"ffn.{part}" for part in ("up", "gate", "down", "gate_up")),
@@ -26,6 +30,7 @@ ROLES = (
     *(f"expert.{part}" for part in ("up", "gate", "down", "gate_up")),
     "adapter",
     "other",
+    "beside",
 )
 
 
@@ -40,6 +45,9 @@ class Weight:
         index: The block's position in its stack, from 0.
         stack: The stack the block is of.
         is_bias: Whether it is a bias (a norm's too).
+        shape: Its shape as it is stored, of a sharded one as a whole.
+        layout: How a linear layer stores its matrix, "out_in" (`nn.Linear`) or "in_out" (transformers' Conv1D); `None`
+            for what is no linear layer's matrix.
     """
 
     name: str
@@ -48,6 +56,8 @@ class Weight:
     index: int | None = None
     stack: Stack | None = None
     is_bias: bool = False
+    shape: tuple[int, ...] = ()
+    layout: Layout | None = None
 
 
 # Names that wrappers put into a path: torch.compile, activation checkpointing, DDP, PEFT, parametrizations.
@@ -127,13 +137,24 @@ def transformer_blocks(network: nn.Module) -> list[tuple[str, nn.Module]]:
     return blocks
 
 
-def weights_by_role(network: nn.Module) -> list[Weight]:
+def weights_by_role(network: nn.Module, need_blocks: bool = True) -> list[Weight]:
     """Every parameter of `network` once, in `named_parameters` order; tied parameters under their first name.
+
+    Leaves that a selection trains in a weight's place (`lightning_peft.parts`) are not listed.
+
+    Args:
+        network: A network, wrapped or not, or the LightningModule around it.
+        need_blocks: Raise for a network without transformer blocks; else its weights are of no block.
 
     Raises:
         ValueError: The network has no transformer blocks.
     """
-    blocks = transformer_blocks(network)
+    try:
+        blocks = transformer_blocks(network)
+    except ValueError:
+        if need_blocks:
+            raise
+        blocks = []
     modules, inner = dict(network.named_modules()), inner_model(network)
     heads = _output_embeddings(inner)
     places: dict[str, tuple[int, Stack | None]] = {}
@@ -144,6 +165,8 @@ def weights_by_role(network: nn.Module) -> list[Weight]:
     for name, parameter in network.named_parameters():
         inside: str | None = next((b for b in _prefixes(name) if b in places), None)
         owner = modules[name.rpartition(".")[0]]
+        if name.rpartition(".")[2] in leaves_of(owner):
+            continue
         is_bias = name.rpartition(".")[2] == "bias" or name.endswith("_bias")
         if _is_added(name, modules):
             role = "adapter"
@@ -152,7 +175,8 @@ def weights_by_role(network: nn.Module) -> list[Weight]:
         else:
             role = "head" if owner in heads else _role_outside(name, owner, inner, modules)
         index, stack = places[inside] if inside is not None else (None, None)  # type: ignore[assignment]
-        weights.append(Weight(name, role, inside, index, stack, is_bias))
+        shape, layout = tuple(parameter.shape), None if is_bias else _layout(owner, parameter)
+        weights.append(Weight(name, role, inside, index, stack, is_bias, shape, layout))
     return weights
 
 
@@ -322,6 +346,15 @@ def _out_in(owner: Any, matrix: Tensor) -> tuple[int, int]:
     return (width, out) if type(owner).__name__ == "Conv1D" else (out, width)
 
 
+def _layout(owner: nn.Module, parameter: Tensor) -> Layout | None:
+    # nn.MultiheadAttention reads its output projection's weight without calling it.
+    if parameter.ndim != 2 or type(owner).__name__ == "NonDynamicallyQuantizableLinear":
+        return None
+    if isinstance(owner, nn.Linear):
+        return "out_in"
+    return "in_out" if type(owner).__name__ in ("Conv1D", "FSDPConv1D") else None
+
+
 def _feeds_half(owner: nn.Module, matrix: Tensor, block: nn.Module) -> bool:
     """Whether the matrix's output is gate and up together: the next one narrows from half its width (ModernBERT)."""
     out, hidden = _out_in(owner, matrix)
@@ -333,10 +366,10 @@ def _feeds_half(owner: nn.Module, matrix: Tensor, block: nn.Module) -> bool:
 def _role_outside(name: str, owner: nn.Module, inner: nn.Module, modules: dict[str, nn.Module]) -> str:
     segments = _segments(name)
     leaf = segments[-1] if segments else ""
+    if not any(modules.get(prefix) is inner for prefix in [*_prefixes(name), ""]):
+        return "beside"  # auxiliary heads, metrics
     if _is_norm(leaf, owner):
         return "norm"
-    if not any(modules.get(prefix) is inner for prefix in [*_prefixes(name), ""]):
-        return "other"  # beside the network: auxiliary heads, metrics
     if isinstance(owner, nn.Embedding) or any(_EMBEDDING.search(segment) for segment in segments):
         return "embedding"
     named = any(_HEAD.search(segment) for segment in segments) or leaf in ("decoder", "output")
