@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.models.causal_lm import CausalLM
-from lightning_peft.models.token_metrics import MultiTokenLoss
+from lightning_peft.models.token_metrics import MultiTokenLoss, metric_of
 from lightning_peft.objectives.auxiliary_heads import AuxiliaryHeads, head_labels, load_heads
 from lightning_peft.objectives.objective import HeadTerm, Objective, TrunkState
 from lightning_peft.roles import final_norm
@@ -164,9 +164,7 @@ class ConceptAwareFineTuning(Objective):
         names = ["loss" if "nll" not in terms.sums else "nll"]
         names += [self.term_name(k) for k in range(1, self.predicted_tokens)]
         key = f"{stage}_multi_token_loss" + (f"_{dataloader_idx}" if dataloader_idx else "")
-        if key not in module.metrics:
-            module.metrics[key] = MultiTokenLoss(self.predicted_tokens, self.head_decay).to(module.device)
-        metric: Any = module.metrics[key]
+        metric = metric_of(module, key, lambda: MultiTokenLoss(self.predicted_tokens, self.head_decay))
         metric.update(
             torch.stack([terms.sums[n].float() for n in names]),
             torch.tensor([float(terms.counts[n]) for n in names], device=module.device),

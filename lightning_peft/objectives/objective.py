@@ -11,6 +11,7 @@ micro-batches and ranks. Weights multiply and terms add, so objectives combine i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,8 +30,9 @@ class HeadTerm:
 
     Args:
         name: The term's name in logs and counts, unique in a run.
-        hidden: Hidden states, shape [batch, time, width].
-        labels: The token each position predicts, shape [batch, time]; -100 where it predicts nothing.
+        hidden: Hidden states, shape [batch, time, width]; of a classifier rows [n, width].
+        labels: The token each position predicts, shape [batch, time]; -100 where it predicts nothing. Of a
+            classifier the class of each row, [n].
         coefficient: What the term's mean is multiplied by in the loss.
         nll: The labelled rows' loss [n], where the term has an output matrix of its own and has already applied it.
     """
@@ -46,17 +48,21 @@ class HeadTerm:
 class TrunkState:
     """What the network's last block was given, seen from inside the output head's forward.
 
+    An image classifier fills in `final`, shape [batch, width], and `logits` only.
+
     Args:
         final: The hidden state that the head reads (after the final norm), shape [batch, time, width].
         penultimate: The input of the last transformer block, shape [batch, time, width].
         block_args: The other positional arguments of that block (mask, positions, ...).
         block_kwargs: Its keyword arguments, without caches.
+        logits: The head's own forward, from hidden states to logits.
     """
 
     final: Tensor
     penultimate: Tensor
     block_args: tuple[Any, ...]
     block_kwargs: dict[str, Any]
+    logits: Callable[[Tensor], Tensor] | None = None
 
 
 class Objective:
@@ -76,11 +82,20 @@ class Objective:
     #: Training leaves the network's own loss out: this objective's terms are all there is (pre-training of heads).
     replaces_main: bool = False
 
+    #: `before_forward` changes what the network reads, so it comes before that of the others, whose passes read it too.
+    changes_inputs: bool = False
+
     def attach(self, module: FineTuningModule) -> None:
         """Adds layers to `module`, or refuses it. Called once, when the network stands and before it is sharded."""
 
     def on_fit_start(self, module: FineTuningModule) -> None:
         """Checks what only a run can tell (the number of steps, the data), before the first step."""
+
+    def on_train_start(self, module: FineTuningModule) -> None:
+        """Passes over data before the first step: loaders stand, and whatever a checkpoint holds is restored."""
+
+    def on_step_end(self, module: FineTuningModule) -> None:
+        """After an optimizer step, before the next batch is drawn; a checkpoint may have been written in between."""
 
     def transform_batch(self, module: FineTuningModule, batch: Batch) -> Batch:
         """The batch to learn from. Runs in the loader, before the counts are taken, on the CPU."""
@@ -89,6 +104,14 @@ class Objective:
     def counts(self, module: FineTuningModule, batch: Batch) -> dict[str, int]:
         """The denominators of this objective's own terms: a pure function of the transformed batch."""
         return {}
+
+    def before_forward(self, module: FineTuningModule, batch: Batch) -> Batch:
+        """The batch with what only a pass of its own can tell (a reference's hidden states, a rival's likelihood).
+
+        Called on the device, before the step's forward and outside of any module's; in evaluation too. Under FSDP2
+        every rank makes the pass whatever its batch holds.
+        """
+        return batch
 
     def loss_weights(self, module: FineTuningModule, batch: Batch, units: Rows) -> Tensor | None:
         """A weight for each unit (token, example or pair), shape [n]; `None` leaves them alone.
@@ -108,6 +131,13 @@ class Objective:
     def head_terms(self, module: FineTuningModule, batch: Batch, trunk: TrunkState) -> list[HeadTerm]:
         """Further losses read by the output matrix. Runs inside the head's own forward, where its weight is whole."""
         return []
+
+    def before_head(self, module: FineTuningModule, batch: Batch, hidden: Tensor) -> Tensor:
+        """What the head of an `ImageClassifier` reads in training in place of `hidden` [batch, width].
+
+        Runs inside the head's own forward. A technique that needs it refuses other modules in `attach`.
+        """
+        return hidden
 
     def auxiliary_losses(self, module: FineTuningModule, batch: Batch, outputs: Any) -> dict[str, Tensor]:
         """Numerators of further terms, scalars, each divided by its entry in `counts`; coefficients included."""
