@@ -6,11 +6,34 @@ import importlib
 from typing import Any
 
 _lazy = {
+    "ClassPairSampler": "class_pair_sampler",
+    "ClassPairs": "class_pair_sampler",
+    "DocumentQuestionData": "document_questions",
+    "ImageData": "image_data",
+    "TraceSetCollator": "trace_set",
+    "TraceSetData": "trace_set",
+    "ChainVersionTransform": "long_short_mixture",
+    "ContextualData": "contextual",
+    "ContextualPromptTransform": "contextual",
+    "FaultPairs": "fault_pairs",
     "InstructionData": "instruction_data",
+    "LongShortMixtureData": "long_short_mixture",
     "LookAheadDataLoader": "look_ahead",
+    "LookAheadTransform": "look_ahead_tuning",
+    "LookAheadTuningData": "look_ahead_tuning",
+    "QuestionFreeData": "question_free",
+    "QuestionFreeTransform": "question_free",
+    "ReferenceData": "reference_data",
+    "RefusalAwareData": "refusal_aware",
+    "RefusalAwareTransform": "refusal_aware",
     "ResumableSampler": "resumable_sampler",
     "SelfDistillationData": "self_distillation",
+    "ShuffleDiscriminatedData": "shuffle_discriminator",
     "StandardLibraryCode": "standard_library_code",
+    "StandardLibraryFaultPairs": "fault_pairs",
+    "SymbolTuningData": "symbol_tuning",
+    "SymbolTuningTransform": "symbol_tuning",
+    "SymbolVocabulary": "symbol_tuning",
 }
 __all__ = sorted(_lazy)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -34,14 +35,45 @@ def network_fingerprint(network: nn.Module) -> str:
 
 def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]], chat_template: str | None = None) -> list[int]:
     """What generation starts from: the text, or the turns with the template's generation prompt behind."""
+    return _continued_ids(tokenizer, prompt, "", chat_template)
+
+
+def choice_ids(
+    tokenizer: Any, prompt: str | list[dict[str, Any]], choices: list[str], chat_template: str | None = None
+) -> tuple[list[int], list[list[int]]]:
+    """Tokens that all choices begin with, the prompt among them, and the rest of each, cut as the whole text is.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        prompt: What is given, a text or turns.
+        choices: How it may go on, at least two; nothing is put between.
+        chat_template: In place of the tokenizer's own.
+
+    Raises:
+        ValueError: The tokens of one choice are those of another, or their beginning.
+    """
+    whole = [_continued_ids(tokenizer, prompt, choice, chat_template) for choice in choices]
+    for one, other in itertools.permutations(range(len(whole)), 2):
+        if whole[other][: len(whole[one])] == whole[one]:
+            raise ValueError(
+                f"the tokenizer writes {choices[one]!r} as the beginning of {choices[other]!r}, or as the same: the "
+                "network cannot be asked to choose between them. Give choices that it writes apart."
+            )
+    shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*whole)))
+    return whole[0][:shared], [ids[shared:] for ids in whole]
+
+
+def _continued_ids(
+    tokenizer: Any, prompt: str | list[dict[str, Any]], continuation: str, chat_template: str | None
+) -> list[int]:
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids = list(tokenizer(prompt + continuation)["input_ids"])
         # A tokenizer that puts an end behind every text would have the network start anew.
         return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
     text = tokenizer.apply_chat_template(
         prompt, tokenize=False, add_generation_prompt=True, chat_template=chat_template
     )
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenizer(text + continuation, add_special_tokens=False)["input_ids"])
 
 
 @torch.no_grad()
@@ -62,23 +94,85 @@ def generate_answers(
         For each prompt `answer`, the text up to the end-of-turn token, and `finished`, whether there was one.
     """
     device = next(network.parameters()).device
-    own = getattr(network.generation_config, "eos_token_id", None)
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    options = {"pad_token_id": pad, "eos_token_id": sorted(ends) or None, **generation}
+    ends, options = generation_options(network, tokenizer, generation)
     answers = []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for begin in range(0, len(prompts), batch_size):
-            batch = prompts[begin : begin + batch_size]
-            time = max(map(len, batch))
-            ids = torch.tensor([[pad] * (time - len(one)) + one for one in batch], device=device)
-            mask = torch.tensor([[0] * (time - len(one)) + [1] * len(one) for one in batch], device=device)
-            for made in network.generate(input_ids=ids, attention_mask=mask, **options)[:, time:].tolist():
+            ids, mask = left_padded(prompts[begin : begin + batch_size], options["pad_token_id"], device)
+            for made in network.generate(input_ids=ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist():
                 length = next((i for i, token in enumerate(made) if token in ends), None)
                 text = tokenizer.decode(made[:length], skip_special_tokens=True)
                 answers.append({"answer": text, "finished": length is not None})
     return answers
+
+
+@torch.no_grad()
+def score_choices(
+    network: Any, prompts: list[list[int]], choices: list[list[list[int]]], batch_size: int
+) -> list[list[float]]:
+    """log p(choice | prompt) of every choice, the sum over its tokens.
+
+    Args:
+        network: A causal language model of transformers, in evaluation mode.
+        prompts: Token ids of each prompt, at least one.
+        choices: Token ids of each prompt's choices.
+        batch_size: Choices at once, padded on the left.
+
+    Returns:
+        For each prompt the log probabilities of its choices.
+    """
+    device = next(network.parameters()).device
+    rows = [(prompt + choice, len(choice)) for prompt, own in zip(prompts, choices) for choice in own]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    scores = [0.0] * len(rows)
+    for begin in range(0, len(rows), batch_size):
+        batch = [rows[i] for i in order[begin : begin + batch_size]]
+        longest = max(n for _, n in batch)
+        ids, mask = left_padded([ids for ids, _ in batch], 0, device)
+        logits = network(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            logits_to_keep=longest + 1,
+            use_cache=False,
+        ).logits
+        nll = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids[:, -longest:].flatten(), reduction="none"
+        ).view(len(batch), longest)
+        own = torch.arange(longest, device=device) >= longest - torch.tensor([[n] for _, n in batch], device=device)
+        for i, score in zip(order[begin : begin + batch_size], (-nll * own).sum(1).tolist()):
+            scores[i] = score
+    made = iter(scores)
+    return [[next(made) for _ in own] for own in choices]
+
+
+def generation_options(network: Any, tokenizer: Any, generation: dict[str, Any]) -> tuple[set[int], dict[str, Any]]:
+    """The tokens that end an answer, and all arguments of `generate`.
+
+    Args:
+        network: A transformers network with `generate`.
+        tokenizer: Its tokenizer.
+        generation: Arguments that win over the defaults.
+    """
+    own = getattr(network.generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    return ends, {"pad_token_id": pad, "eos_token_id": sorted(ends) or None, **generation}
+
+
+def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, both [batch, time], padded on the left.
+
+    Args:
+        rows: Token ids.
+        pad: The id to fill up with.
+        device: Where they are wanted.
+    """
+    time = max(map(len, rows))
+    ids = torch.tensor([[pad] * (time - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (time - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
 
 
 def cached_answers(

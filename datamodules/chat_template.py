@@ -5,6 +5,7 @@ Labels are -100 where nothing is to be learnt and the token's own id elsewhere; 
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from typing import Any
@@ -73,6 +74,27 @@ def tokenize_prompt_completion(tokenizer: Any, prompt: str, completion: str, com
         labels[-1] = ids[-1]  # put there by the tokenizer, and it, too, ends at character 0
     ended = _ended(tokenizer, ids)
     return {"input_ids": ended, "labels": labels + ended[len(ids) :]}
+
+
+def tokenize_parts(tokenizer: Any, parts: list[tuple[str, bool]], ended: bool = True) -> Tokens:
+    """Parts of one text, each learnt or not; the text is tokenised as a whole.
+
+    A token that holds one part's last characters and the next part's first belongs to the next.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        parts: Each part's text, and whether it is learnt; nothing is put between them.
+        ended: Put an end-of-text token behind, learnt if the last part is.
+    """
+    ends = list(itertools.accumulate(len(text) for text, _ in parts))
+    ids, places = _encoded(tokenizer, "".join(text for text, _ in parts), ends, special=True)
+    # Special tokens, in front or behind, end at character 0.
+    learnt = [place > 0 and parts[bisect.bisect_left(ends, place)][1] for place in places]
+    plain = len(ids) - (len(ids) > 0 and ids[-1] == tokenizer.eos_token_id and not places[-1])
+    ids, learnt = ids[:plain], learnt[:plain]
+    if ended and tokenizer.eos_token_id is not None:
+        ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, parts[-1][1]]
+    return {"input_ids": ids, "labels": [token if use else IGNORED for token, use in zip(ids, learnt)]}
 
 
 def tokenize_messages(

@@ -26,11 +26,12 @@ class TokenRows(Dataset):
     Args:
         dataset: Documents with `input_ids`, `labels` and perhaps `weight` and further columns.
         bins: Which documents share a row; by default each has its own.
+        token_columns: Further columns with a value for each token.
     """
 
-    def __init__(self, dataset: Any, bins: list[list[int]] | None = None) -> None:
+    def __init__(self, dataset: Any, bins: list[list[int]] | None = None, token_columns: Sequence[str] = ()) -> None:
         self.dataset = dataset.with_format("numpy")
-        self.bins = bins
+        self.bins, self.token_columns = bins, tuple(token_columns)
 
     def __len__(self) -> int:
         return len(self.dataset) if self.bins is None else len(self.bins)
@@ -39,26 +40,35 @@ class TokenRows(Dataset):
         if self.bins is None:
             row = dict(self.dataset[int(index)])
         else:
-            row = packed_row([self.dataset[document] for document in self.bins[index]])
+            row = packed_row([self.dataset[document] for document in self.bins[index]], self.token_columns)
         if isinstance(index, RepeatedIndex):
             row["labels"] = np.full_like(row["labels"], IGNORED)
         return row
 
 
-def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, pad_to_multiple_of: int = 1) -> dict[str, Any]:
+def collate(
+    rows: Sequence[dict[str, Any]],
+    pad_token_id: int,
+    pad_to_multiple_of: int = 1,
+    token_columns: Sequence[str] = (),
+) -> dict[str, Any]:
     """A batch of rows of different lengths.
 
     Args:
         rows: Each with `input_ids` and `labels` [t]; packed ones with `document_ids` and `position_ids` [t] too.
         pad_token_id: The id to fill up `input_ids` with; it may be that of a real token.
         pad_to_multiple_of: The batch's length is the longest row's, rounded up to this.
+        token_columns: Further columns with a value (or as many as the last axis has) for each token.
 
     Returns:
         `input_ids` and `labels` [batch, time], labels not shifted and -100 in the padding. Plain rows have an
         `attention_mask` [batch, time], 1 over the row's own length. Packed rows have `document_ids` (-1 in the padding)
         and `position_ids` [batch, time] instead, for `packed_attention_mask`: a 2-D mask would let documents see each
-        other. `weight` is [batch], of packed rows [batch, time]. Other columns are tensors [batch] where they are
-        numbers and lists otherwise.
+        other. `weight` is [batch], of packed rows [batch, time]. Token columns are [batch, time] (or one axis
+        more), 0 in the padding. Other columns are tensors [batch] where they are numbers and lists otherwise.
+
+    Raises:
+        ValueError: A token column is not as long as its row.
     """
     lengths = [len(row["input_ids"]) for row in rows]
     time = -(-max(lengths) // pad_to_multiple_of) * pad_to_multiple_of
@@ -68,6 +78,12 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, pad_to_multiple_o
         values = [row[name] for row in rows]
         if name in ("input_ids", "labels", "document_ids", "position_ids") or (name == "weight" and packed):
             batch[name] = _padded(values, time, pad_token_id if name == "input_ids" else _PADDING[name])
+        elif name in token_columns:
+            for value, length in zip(values, lengths):
+                if len(value) != length:
+                    raise ValueError(f"{name} has {len(value)} values in a row of {length} tokens: it needs one each.")
+            fraction = any(np.asarray(value).dtype.kind == "f" for value in values)
+            batch[name] = _padded(values, time, 0.0 if fraction else 0)
         elif all(isinstance(value, (bool, int, float, np.number, np.bool_)) for value in values):
             column = torch.as_tensor(np.asarray(values))
             batch[name] = column.float() if column.is_floating_point() or name == "weight" else column
@@ -79,16 +95,22 @@ def collate(rows: Sequence[dict[str, Any]], pad_token_id: int, pad_to_multiple_o
     return batch
 
 
-def collator(tokenizer: Any, pad_to_multiple_of: int = 1) -> partial[dict[str, Any]]:
+def collator(tokenizer: Any, pad_to_multiple_of: int = 1, token_columns: Sequence[str] = ()) -> partial[dict[str, Any]]:
     """`collate` for a tokenizer; picklable, for workers."""
     pad = tokenizer.pad_token_id
     # Padding is masked by length, so any id will do where a tokenizer has none to offer.
     pad = tokenizer.eos_token_id if pad is None else pad
-    return partial(collate, pad_token_id=0 if pad is None else pad, pad_to_multiple_of=pad_to_multiple_of)
+    return partial(
+        collate,
+        pad_token_id=0 if pad is None else pad,
+        pad_to_multiple_of=pad_to_multiple_of,
+        token_columns=tuple(token_columns),
+    )
 
 
 def _padded(rows: list[Any], time: int, fill: float) -> Tensor:
-    out = np.full((len(rows), time), fill, dtype=np.float32 if isinstance(fill, float) else np.int64)
+    shape = (len(rows), time, *np.shape(rows[0])[1:])
+    out = np.full(shape, fill, dtype=np.float32 if isinstance(fill, float) else np.int64)
     for place, row in enumerate(rows):
         out[place, : len(row)] = row
     return torch.from_numpy(out)

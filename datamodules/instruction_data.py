@@ -51,6 +51,8 @@ class InstructionData(L.LightningDataModule):
         num_proc: Processes that tokenise.
         pad_to_multiple_of: Batches are padded to a multiple of this length.
         keep_columns: Further columns carried to the batch: numbers as tensors [batch], others as lists.
+        token_columns: Further columns that hold a value for each token of the tokenised row, such as a mask: cut,
+            packed and padded (with 0) like the tokens, as tensors [batch, time].
         transforms: Functions from row to row, applied in order before tokenising.
         streaming: Read `data` as a stream. Then no packing, no fractions, and a shuffle by buffer.
         shuffle_buffer: Rows in the shuffle buffer of a stream; a stream that is shuffled does not resume exactly.
@@ -83,6 +85,7 @@ class InstructionData(L.LightningDataModule):
         num_proc: int | None = None,
         pad_to_multiple_of: int = 1,
         keep_columns: list[str] | None = None,
+        token_columns: list[str] | None = None,
         transforms: list[Callable[[dict[str, Any]], dict[str, Any]]] | None = None,
         streaming: bool = False,
         shuffle_buffer: int = 1000,
@@ -110,13 +113,16 @@ class InstructionData(L.LightningDataModule):
         self.transforms = transforms or []
         if chat_template is not None and "{" not in chat_template:
             chat_template = Path(chat_template).read_text()
-        self.row_options = {
+        self.row_options: dict[str, Any] = {
             "max_length": max_length,
             "assistant_only_loss": assistant_only_loss,
             "completion_only_loss": completion_only_loss,
             "chat_template": chat_template,
             "keep_columns": tuple(keep_columns or ()),
+            "token_columns": tuple(token_columns or ()),
         }
+        #: Columns with a value for each token, of the rows or made on the way.
+        self.token_columns: tuple[str, ...] = tuple(token_columns or ())
         self._raw: dict[str, Any] | None = None
         self._rows: dict[str, Any] = {}
         self._loader: LookAheadDataLoader | None = None
@@ -171,22 +177,35 @@ class InstructionData(L.LightningDataModule):
             rows = rows.map(transform)
         return rows
 
+    def documents(self, split: str) -> Any:
+        """A split's rows as tokens. A data module that adds columns to them overrides this."""
+        return tokenized(self.examples(split), self.tokenizer, self.overlong, split, self.num_proc, **self.row_options)
+
+    def lengths(self, documents: Any) -> list[int]:
+        """Tokens of each document, for packing."""
+        return [len(ids) for ids in documents.with_format("numpy")["input_ids"]]
+
+    def token_rows(self, documents: Any, bins: list[list[int]] | None) -> TokenRows:
+        """The rows that loaders read; `bins` says which documents share one."""
+        return TokenRows(documents, bins, self.token_columns)
+
+    def collate_fn(self) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """From rows to a batch; picklable."""
+        return collator(self.tokenizer, self.pad_to_multiple_of, self.token_columns)
+
     def rows(self, split: str) -> Any | None:
         """The tokenised rows of "train", "validation" or "test", made once; `None` if there is no such split."""
         if self._raw is None:
             self._raw = self.read()
         if split not in self._rows and split in self._raw:
-            made = tokenized(
-                self.examples(split), self.tokenizer, self.overlong, split, self.num_proc, **self.row_options
-            )
+            made = self.documents(split)
             if self.packing and not hasattr(made, "__len__"):
                 raise ValueError("packing=True needs all rows at hand, and data is a stream.")
             if hasattr(made, "__len__"):
                 bins = None
                 if self.packing and split == "train":
-                    lengths = [len(ids) for ids in made.with_format("numpy")["input_ids"]]
-                    bins = best_fit_decreasing(lengths, self.max_length)
-                made = TokenRows(made, bins)
+                    bins = best_fit_decreasing(self.lengths(made), self.max_length)
+                made = self.token_rows(made, bins)
             self._rows[split] = made
         return self._rows.get(split)
 
@@ -216,7 +235,7 @@ class InstructionData(L.LightningDataModule):
             sampler=self._sampler(rows, self.shuffle) if isinstance(rows, TokenRows) else None,
             num_workers=self.num_workers,
             drop_last=self.drop_last,
-            collate_fn=collator(self.tokenizer, self.pad_to_multiple_of),
+            collate_fn=self.collate_fn(),
             seed=self.seed,
         )
         if self._position is not None:
@@ -258,7 +277,7 @@ class InstructionData(L.LightningDataModule):
             batch_size=self.eval_batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
-            collate_fn=collator(self.tokenizer, self.pad_to_multiple_of),
+            collate_fn=self.collate_fn(),
         )
 
     def _sampler(self, rows: TokenRows, shuffle: bool) -> ResumableSampler:

@@ -33,7 +33,8 @@ class LookAheadDataLoader(DataLoader):
 
     Once bound (a `FineTuningModule` binds the loaders it is trained with) it prepares each batch, fetches all batches
     of the accumulation window, and adds to each `"step_counts"`, the window's counts on this rank by term (one dict
-    for the window), and `"step_start"`, whether the window begins with it. Unbound it yields plain batches.
+    for the window), and `"step_start"` and `"step_end"`, whether the window begins or ends with it. Unbound it yields
+    plain batches.
 
     Lightning saves and restores its state by itself; training resumed in mid-epoch then sees exactly the batches that
     were still to come, without loading the earlier ones. That is exact for samplers whose order depends on the epoch
@@ -251,7 +252,8 @@ def _complete(window: list[Batch], bound: _Bound) -> None:
         for term, count in bound.counts(batch).items():
             total[term] = total.get(term, 0) + int(count)
     for place, batch in enumerate(window):
-        batch["step_counts"], batch["step_start"] = total, place == 0
+        batch["step_counts"] = total
+        batch["step_start"], batch["step_end"] = place == 0, place == len(window) - 1
 
 
 def _replaced(batch: Batch, content: Batch) -> None:

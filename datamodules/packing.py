@@ -55,28 +55,32 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     return rows
 
 
-def packed_row(documents: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+def packed_row(documents: Sequence[dict[str, Any]], token_columns: Sequence[str] = ()) -> dict[str, np.ndarray]:
     """One row from documents: their tokens end to end, positions from 0 in each.
 
     No loss crosses from one document to the next: the first label of each is -100, for it would be predicted from the
     document before. A document's `weight` becomes that of its tokens.
 
     Args:
-        documents: Each with `input_ids` and `labels` [t], and perhaps a scalar `weight`.
+        documents: Each with `input_ids` and perhaps `labels` [t] and a scalar `weight`.
+        token_columns: Further columns with a value for each token, put end to end like the tokens.
 
     Returns:
-        `input_ids`, `labels`, `position_ids`, `document_ids` and perhaps `weight`, each [sum of t].
+        `input_ids`, `labels`, `position_ids`, `document_ids`, perhaps `weight`, and the token columns, each [sum of t].
     """
     lengths = [len(document["input_ids"]) for document in documents]
-    labels = [np.asarray(document["labels"]).copy() for document in documents]
-    for own in labels:
-        own[0] = IGNORED
     row = {
         "input_ids": np.concatenate([document["input_ids"] for document in documents]),
-        "labels": np.concatenate(labels),
         "position_ids": np.concatenate([np.arange(length) for length in lengths]),
         "document_ids": np.repeat(np.arange(len(documents)), lengths),
     }
+    if "labels" in documents[0]:
+        labels = [np.asarray(document["labels"]).copy() for document in documents]
+        for own in labels:
+            own[0] = IGNORED
+        row["labels"] = np.concatenate(labels)
+    for column in token_columns:
+        row[column] = np.concatenate([document[column] for document in documents])
     if "weight" in documents[0]:
         row["weight"] = np.repeat(np.asarray([float(document["weight"]) for document in documents]), lengths)
     return row

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_peft.datamodules.answers import (
-    cached_answers,
-    evaluating,
-    generate_answers,
-    network_fingerprint,
-    prompt_ids,
-)
+from lightning_peft.datamodules.answers import prompt_ids
 from lightning_peft.datamodules.chat_template import as_messages
-from lightning_peft.datamodules.instruction_data import InstructionData
+from lightning_peft.datamodules.model_answers import ModelAnswersData
 
 UNFINISHED = ("drop", "keep")
 
 
-class SelfDistillationData(InstructionData):
+class SelfDistillationData(ModelAnswersData):
     """Prompts with the answers that the network in training gives itself, before it is trained.
 
     Concept-aware fine-tuning pre-trains its auxiliary heads on such data, so that they learn the network as it is
@@ -34,46 +25,29 @@ class SelfDistillationData(InstructionData):
         data: As for `InstructionData`; of a conversation what stands before the last assistant's turn is the prompt.
         generation: Arguments of `generate`; by default greedy, with at most 256 new tokens. Sampling such as
             `{"do_sample": true, "temperature": 0.7}` is seeded by `seed`.
-        generation_batch_size: Prompts at once.
         unfinished: Answers without an end-of-turn token, cut at `max_new_tokens`: "drop" them, or "keep" them (and
             learn to stop there).
-        cache_dir: Where answers are kept, the same for all ranks; by default `$LIGHTNING_PEFT_CACHE`, else
-            `~/.cache/lightning_peft`.
-        shard_size: Prompts in a shard.
-        model: Another network to answer, by name, path or GGUF file; by default the one in training.
-        **kwargs: Further arguments of `InstructionData`.
+        **kwargs: Further arguments of `ModelAnswersData` and `InstructionData`.
 
     Raises:
         ValueError: No network that generates, prompts that leave no room for an answer, or no answer that is finished.
     """
 
+    cache_name = "self_distillation"
+
     def __init__(
         self,
         data: str | list[dict[str, Any]] | dict[str, Any] | Any,
         generation: dict[str, Any] | None = None,
-        generation_batch_size: int = 8,
         unfinished: str = "drop",
-        cache_dir: str | None = None,
-        shard_size: int = 64,
-        model: str | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(data=data, **kwargs)
+        generation = {"max_new_tokens": 256, "do_sample": False, **(generation or {})}
+        super().__init__(data=data, generation=generation, **kwargs)
         if unfinished not in UNFINISHED:
             raise ValueError(f"unfinished={unfinished!r} is not known: use 'drop' or 'keep'.")
-        if self.streaming:
-            raise ValueError("streaming=True: answers are generated for a data set at hand; give a part of the stream.")
-        self.generation = {"max_new_tokens": 256, "do_sample": False, **(generation or {})}
-        self.generation_batch_size, self.shard_size, self.unfinished = generation_batch_size, shard_size, unfinished
-        cache = cache_dir or os.environ.get("LIGHTNING_PEFT_CACHE") or Path.home() / ".cache" / "lightning_peft"
-        self.cache_dir = Path(cache).expanduser() / "self_distillation"
-        self.model = model
+        self.unfinished = unfinished
         self.row_options |= {"completion_only_loss": True, "assistant_only_loss": True}
-        self._fingerprint: str | None = None
-
-    def prepare_data(self) -> None:
-        # Generating takes all ranks: it waits for `setup`. Here only what is downloaded is.
-        self._raw = self.read()
 
     def examples(self, split: str) -> Any:
         import datasets
@@ -91,7 +65,7 @@ class SelfDistillationData(InstructionData):
                 f"{self.max_length}: there is no room for an answer. Raise max_length, or set overlong='drop'."
             )
         kept = [i for i in range(len(ids)) if len(ids[i]) < self.max_length]
-        answers = self._answers([ids[i] for i in kept])
+        answers = self.answers([ids[i] for i in kept], self.generation)
         done = [(i, one["answer"]) for i, one in zip(kept, answers) if one["finished"] or self.unfinished == "keep"]
         rank_zero_info(f"{split} data: {len(done)} of {len(ids)} prompts have an answer that is learnt from.")
         if not done:
@@ -108,51 +82,6 @@ class SelfDistillationData(InstructionData):
             for i, text in done
         ]
         return datasets.Dataset.from_list(made)
-
-    def _answers(self, ids: list[list[int]]) -> list[dict[str, Any]]:
-        network = self._network()
-        trainer = self.trainer
-        device = trainer.strategy.root_device if trainer is not None else next(network.parameters()).device
-        with evaluating(network, device):
-            self._fingerprint = self._fingerprint or network_fingerprint(network)
-
-            def answer(prompts: list[list[int]], number: int) -> list[dict[str, Any]]:
-                rank_zero_info(
-                    f"generating answers {number * self.shard_size} to {number * self.shard_size + len(prompts)}"
-                )
-                return generate_answers(
-                    network, self.tokenizer, prompts, self.generation_batch_size, self.generation, self.seed + number
-                )
-
-            return cached_answers(
-                self.cache_dir,
-                ids,
-                answer,
-                {
-                    "network": self._fingerprint,
-                    "generation": self.generation,
-                    "generation_batch_size": self.generation_batch_size,
-                    "seed": self.seed,
-                },
-                self.shard_size,
-                trainer.global_rank if trainer is not None else 0,
-                trainer.world_size if trainer is not None else 1,
-                trainer.strategy.barrier if trainer is not None else None,
-            )
-
-    def _network(self) -> Any:
-        if isinstance(self.model, str):
-            from lightning_peft.models.pretrained import load_pretrained
-
-            self.model = load_pretrained("AutoModelForCausalLM", self.model)
-        network = self.model
-        if network is None and self.trainer is not None:
-            network = getattr(self.trainer.lightning_module, "model", None)
-        if not isinstance(network, torch.nn.Module) or not hasattr(network, "generate"):
-            raise ValueError(
-                "SelfDistillationData has no network to answer: train a CausalLM with it, or give model= by name."
-            )
-        return network
 
 
 def _prompt(row: dict[str, Any]) -> str | list[dict[str, Any]]:

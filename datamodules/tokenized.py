@@ -32,22 +32,24 @@ def tokenize_row(
     completion_only_loss: bool = True,
     chat_template: str | None = None,
     keep_columns: tuple[str, ...] = (),
+    token_columns: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Tokens and labels of one row, cut at `max_length`.
 
     Args:
-        row: `messages` (or `conversations`); `prompt` and `completion`, each a text or messages; or `text`. Further
-            columns: `weight`, `tools`, `chat_template_kwargs` as in TRL.
+        row: `messages` (or `conversations`); `prompt` and `completion`, each a text or messages; `text`; or `input_ids`
+            with `labels`, tokenised already. Further columns: `weight`, `tools`, `chat_template_kwargs` as in TRL.
         tokenizer: A transformers tokenizer.
         max_length: Tokens kept, from the front; all by default.
         assistant_only_loss: In conversations learn the assistant's turns only.
         completion_only_loss: Learn the completion only, rather than prompt and completion.
         chat_template: In place of the tokenizer's own.
         keep_columns: Columns carried along.
+        token_columns: Columns with a value for each of the row's tokens, cut like these.
 
     Returns:
-        `input_ids`, `labels`, `weight` and `keep_columns` where the row has them; `length`, the tokens before the cut;
-        and `learnable`, the labels that are left to predict.
+        `input_ids`, `labels`, `weight`, `keep_columns` and `token_columns` where the row has them; `length`, the tokens
+        before the cut; and `learnable`, the labels that are left to predict.
     """
     tokens = _tokens(row, tokenizer, assistant_only_loss, completion_only_loss, chat_template)
     length = len(tokens["input_ids"])
@@ -59,6 +61,16 @@ def tokenize_row(
         if not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise ValueError(f"a row has weight={weight!r}: every row needs a finite number.")
         out["weight"] = float(weight)
+    for column in token_columns:
+        values = row[column]
+        if values is None or not len(out["input_ids"]) <= len(values) <= length:
+            raise ValueError(
+                f"{column} has {0 if values is None else len(values)} values for a row of {length} tokens"
+                + (f" (max_length={max_length})" if max_length else "")
+                + ": it needs one for each token that is kept. Was it made with another tokenizer, chat template or "
+                "max_length?"
+            )
+        out[column] = values[:max_length]
     return out | {column: row[column] for column in keep_columns}
 
 
@@ -70,6 +82,11 @@ def _tokens(
         "tools": row.get("tools") or None,
         **{key: value for key, value in (row.get("chat_template_kwargs") or {}).items() if value is not None},
     }
+    if "input_ids" in row and "labels" in row:
+        ids, labels = list(row["input_ids"]), list(row["labels"])
+        if len(ids) != len(labels):
+            raise ValueError(f"a row has {len(ids)} input_ids and {len(labels)} labels: every token needs its own.")
+        return {"input_ids": ids, "labels": labels}
     turns = row.get("messages", row.get("conversations"))
     if turns is not None:
         return tokenize_messages(tokenizer, as_messages(turns), assistant_only, **options)
@@ -85,8 +102,8 @@ def _tokens(
     if isinstance(row.get("text"), str):
         return tokenize_text(tokenizer, row["text"])
     raise ValueError(
-        f"rows have the columns {sorted(row)}: give 'messages', 'prompt' and 'completion', or 'text' (rename columns "
-        "with transforms= or in the data set)."
+        f"rows have the columns {sorted(row)}: give 'messages', 'prompt' and 'completion', 'text', or 'input_ids' and "
+        "'labels' (rename columns with transforms= or in the data set)."
     )
 
 
