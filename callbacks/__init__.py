@@ -8,11 +8,19 @@ from typing import Any
 _lazy = {
     "AuxiliaryHeadCheckpoint": "concept_aware",
     "AuxiliaryHeadSchedule": "concept_aware",
+    "DeltaCheckpoint": "delta_checkpoint",
     "HalfFineTuning": "half_finetuning",
+    "KaSA": "kasa",
     "LossCurves": "loss_curves",
+    "ModelStock": "model_stock",
     "PEFT": "peft",
+    "ParallelTagGeneration": "parallel_tag_generation",
     "PositionLoss": "position_loss",
+    "QuestionAnswering": "question_answering",
     "RandomState": "random_state",
+    "SelectiveLoRA": "selective_lora",
+    "SliceFine": "slice_fine",
+    "TokenWeightViewer": "token_weight_viewer",
     "WeightSelection": "weight_selection",
 }
 __all__ = sorted(_lazy)

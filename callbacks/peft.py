@@ -15,6 +15,7 @@ from torch import nn
 from lightning_peft.adapters.configuration import as_config, from_json, to_json
 from lightning_peft.adapters.injection import (
     adapters_of,
+    configs_of,
     has_network,
     inject,
     load_adapter,
@@ -109,7 +110,7 @@ class PEFT(L.Callback):
             same_on_all_ranks(network, self._trainer.strategy.broadcast)
         self._state = {
             "adapter_name": self.adapter_name,
-            "config": to_json(network.peft_config[self.adapter_name]),
+            "config": to_json(configs_of(network)[self.adapter_name]),
             "network": json.dumps(network_record(module, path)),
         }
         if fresh:
@@ -135,7 +136,7 @@ class PEFT(L.Callback):
     def _say(self, network: nn.Module) -> None:
         trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
         total = sum(p.numel() for p in network.parameters())
-        kind = network.peft_config[self.adapter_name].peft_type.value
+        kind = configs_of(network)[self.adapter_name].peft_type.value
         rank_zero_info(f"PEFT: {kind} adapter {self.adapter_name!r}: {trained:,} of {total:,} parameters train.")
 
     # -- Lightning ------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "callbacks" / "__init__.py").is_file() and (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
 
+importlib.import_module("lightning_peft.adapters")  # plain `peft` then loads what we save; no import of peft here
+
 _lazy = {
     "CausalLM": "lightning_peft.models",
     "FineTuningModule": "lightning_peft.models",

@@ -63,7 +63,9 @@ def export(
         source, tokenizer = _of_checkpoint(Path(checkpoint), base, network, merge, adapter_name)
     if source is None:
         return out  # another rank writes
-    adapters = list(getattr(source, "peft_config", {}))
+    from lightning_peft.adapters.injection import configs_of
+
+    adapters = list(configs_of(source))
     if adapter_name is not None and adapter_name not in adapters:
         raise ValueError(f"adapter_name={adapter_name!r}: the network has the adapters {adapters}.")
     if not adapters or merge:
@@ -116,8 +118,13 @@ def write_adapter(network: nn.Module, adapter_name: str, folder: Path) -> None:
     from peft.utils import get_peft_model_state_dict
     from safetensors.torch import save_file
 
+    from lightning_peft.adapters.injection import adapter_holders
+
+    network = adapter_holders(network)[adapter_name]
     config = copy.deepcopy(network.peft_config[adapter_name])
     state = get_peft_model_state_dict(network, adapter_name=adapter_name)
+    if hasattr(config, "as_saved"):  # an adapter of ours that others know as an ordinary one
+        config, state = config.as_saved(network, adapter_name, state)
     prefix = "" if isinstance(network, PeftModel) else "base_model.model."
     tensors = {f"{prefix}{name}": value.detach().cpu().contiguous().clone() for name, value in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -176,7 +183,7 @@ def _untied(network: nn.Module, state: dict[str, Tensor]) -> bool:
 
 def _of_module(module: nn.Module, network: str | None) -> tuple[nn.Module | None, Any]:
     """The network inside a live module (rebuilt from gathered tensors where it is sharded), and its tokenizer."""
-    from lightning_peft.adapters.injection import network_name
+    from lightning_peft.adapters.injection import configs_of, network_name
     from lightning_peft.when_built import is_sharded
 
     path = network_name(module, network)
@@ -191,7 +198,7 @@ def _of_module(module: nn.Module, network: str | None) -> tuple[nn.Module | None
     state: dict[str, Any] = get_model_state_dict(found, options=options)
     if rank != 0:
         return None, None
-    configs = {name: (config, None) for name, config in getattr(found, "peft_config", {}).items()}
+    configs = {name: (config, None) for name, config in configs_of(found).items()}
     return _rebuild(network_record(module, path), configs, state, {}), tokenizer
 
 
@@ -273,7 +280,7 @@ def _rebuild(
     record: dict[str, Any], configs: dict[str, Any], state: dict[str, Tensor], left_out: dict[str, str]
 ) -> nn.Module:
     """The network of a record with its adapters and weights; weights in `left_out` stay on the meta device."""
-    from lightning_peft.adapters.injection import inject
+    from lightning_peft.adapters.injection import adapter_holders, inject
 
     holder = nn.Module()
     holder.network = empty_network(record)
@@ -285,7 +292,7 @@ def _rebuild(
                 setattr(blank, argument, value)
         with torch.device("meta"):
             inject(holder, blank, name, "network")
-        holder.network.peft_config[name] = copy.deepcopy(config)
+        adapter_holders(holder.network)[name].peft_config[name] = copy.deepcopy(config)
     result = holder.network.load_state_dict(state, strict=False, assign=True)
     lost = set(result.missing_keys) - set(left_out)
     if lost or result.unexpected_keys:

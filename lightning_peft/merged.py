@@ -19,7 +19,7 @@ def refuse_merging(network: nn.Module) -> None:
     Raises:
         ValueError: The base is quantised, or the method is not a change of weights; the message says what to do.
     """
-    from lightning_peft.adapters.injection import tuner_of
+    from lightning_peft.adapters.injection import configs_of, tuner_of
     from lightning_peft.quantization import is_quantized
 
     if is_quantized(network):
@@ -28,7 +28,7 @@ def refuse_merging(network: nn.Module) -> None:
             "(merge=False), or merge a checkpoint into the unquantised base with export(checkpoint, out, merge=True, "
             "base=FOLDER_OR_HUB_NAME)."
         )
-    for name, config in getattr(network, "peft_config", {}).items():
+    for name, config in configs_of(network).items():
         if config.is_prompt_learning or config.is_adaption_prompt:
             raise ValueError(
                 f"adapter {name!r} ({config.peft_type.value}) adds tokens, not weights, so it cannot be merged: export "

@@ -33,6 +33,7 @@ COLUMNS = (
     "manual",
     "two",
     "teardown",
+    "composition",
 )
 
 #: How a component of each kind is used (FINDINGS, 24); the conformance suite tests each way.
@@ -41,6 +42,7 @@ WAYS_OF_USE: Mapping[str, tuple[str, ...]] = {
     "callback": ("yaml", "drop-in"),
     "datamodule": ("subclass", "yaml", "drop-in"),
     "module": ("subclass", "yaml"),
+    "layer": ("yaml", "drop-in"),
 }
 
 
@@ -51,11 +53,14 @@ class Example:
     Args:
         network: Family of the tiny network: "llama", "gpt2", "bert", "t5", "vit", "mixtral".
         module: The ready LightningModule around it.
-        arguments: Arguments of the component.
-        data: "tokens" (random ids with labels), "classes", "pairs", "text" (rows for a DataModule), "none" (its own).
+        arguments: Arguments of the component; of a layer's config without its `peft_type`, for it runs through
+            `callbacks.PEFT`.
+        data: "tokens" (random ids with labels), "faults", "reasoning", "classes", "pairs", "images", "image_pairs",
+            "traces", "documents", "text", "wrong_text", "trace_text" or "document_text" (rows for a DataModule),
+            "none" (its own).
         module_arguments: Further arguments of the module.
         trains: Regular expression of the names that training may change; everything else must not move.
-        second: Arguments of a second callback of the class in the same run.
+        second: Arguments of a second callback of the class in the same run (for a layer, of `callbacks.PEFT`).
     """
 
     network: str = "llama"
@@ -202,7 +207,24 @@ TECHNIQUES: tuple[Technique, ...] = (
         "loss and heads equal the paper's equations; heads transfer between runs; kills, DDP and FSDP2 change nothing",
     ),
     Technique(2, "Motion-Aware Concept Alignment for Consistent Video Editing"),
-    Technique(3, "Graph-Aware Isomorphic Attention for Adaptive Dynamics in Transformers"),
+    Technique(
+        3,
+        "Graph-Aware Isomorphic Attention for Adaptive Dynamics in Transformers",
+        (
+            Component(
+                "lightning_peft.adapters.sparse_gin.SparseGINConfig",
+                "layer",
+                Example(
+                    arguments={"hidden": 6, "scale_init": [0.1, 0.5], "dropout": 0.0},
+                    second={"config": {"peft_type": "SPARSE_GIN", "hidden": 4}, "adapter_name": "other"},
+                    trains=r"sparse_gin_",
+                ),
+            ),
+            Component("lightning_peft.adapters.graph_aware_attention.GraphAwareAttention", "layer"),
+        ),
+        "equal to a dense computation edge by edge; no token reads a later one whatever the thresholds; loads in "
+        "plain peft",
+    ),
     Technique(4, "Dual Modality Prompt Tuning for Vision-Language Pre-Trained Model"),
     Technique(5, "OSTAF: A One-Shot Tuning Method for Improved Attribute-Focused T2I Personalization"),
     Technique(6, "ConES: Concept Embedding Search for Parameter Efficient Tuning Large Vision Language Models"),
@@ -215,15 +237,69 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(13, "ELITE: Encoding Visual Concepts into Textual Embeddings for Customized Text-to-Image Generation"),
     Technique(14, "Tune As You Scale: Hyperparameter Optimization For Compute Efficient Training"),
     Technique(15, "Semantically-Shifted Incremental Adapter-Tuning is A Continual ViTransformer"),
-    Technique(16, "Scattered or Connected? An Optimized Parameter-efficient Tuning Approach for Information Retrieval"),
+    Technique(
+        16,
+        "Scattered or Connected? An Optimized Parameter-efficient Tuning Approach for Information Retrieval",
+        (
+            Component(
+                "lightning_peft.adapters.connected.ConnectedAdapterConfig",
+                "layer",
+                Example(
+                    arguments={"bottleneck": 4, "inside": 4, "feeds": "head"},
+                    second={
+                        "config": {"peft_type": "CONNECTED", "bottleneck": 3, "inside": 0},
+                        "adapter_name": "other",
+                    },
+                    trains=r"connected_",
+                ),
+            ),
+        ),
+        "gradient reaches the first block beside a detached network; equal to the recursion by hand; loads in "
+        "plain peft",
+    ),
     Technique(17, "ConceptMoE: Adaptive Token-to-Concept Compression for Implicit Compute Allocation"),
     Technique(18, "Steering Out-of-Distribution Generalization with Concept Ablation Fine-Tuning"),
-    Technique(19, "R-Tuning: Teaching Large Language Models to Refuse Unknown Questions"),
+    Technique(
+        19,
+        "R-Tuning: Teaching Large Language Models to Refuse Unknown Questions",
+        (
+            Component(
+                "lightning_peft.datamodules.refusal_aware.RefusalAwareData",
+                "datamodule",
+                Example(
+                    arguments={"max_length": 64, "generation": {"max_new_tokens": 3}, "loss_on": "all"}, data="text"
+                ),
+            ),
+            Component("lightning_peft.datamodules.refusal_aware.CertaintyAveragePrecision", "metric"),
+            Component("lightning_peft.datamodules.refusal_aware.WillingAccuracy", "metric"),
+            Component("lightning_peft.datamodules.refusal_aware.certainty", "function"),
+        ),
+        "sure of just what the network knew, whatever the order; a tuned toy is surer of held-out facts it knows",
+    ),
     Technique(20, "Error-driven Data-efficient Large Multimodal Model Tuning"),
     Technique(21, "LoKI: Low-damage Knowledge Implanting of Large Language Models"),
     Technique(22, "KnowPrompt: Knowledge-aware Prompt-tuning with Synergistic Optimization for Relation Extraction"),
     Technique(23, "Parameter-Efficient Fine-Tuning for Foundation Models"),
-    Technique(24, "Teaching LLMs How to Learn with Contextual Fine-Tuning"),
+    Technique(
+        24,
+        "Teaching LLMs How to Learn with Contextual Fine-Tuning",
+        (
+            Component(
+                "lightning_peft.datamodules.contextual.ContextualData",
+                "datamodule",
+                Example(
+                    arguments={
+                        "data": [{"text": " ".join(f"w{(i + j) % 40}" for j in range(2 + i % 7))} for i in range(36)],
+                        "validation": [{"text": f"w{i} yes"} for i in range(6)],
+                        "test": [{"text": f"w{i} no"} for i in range(6)],
+                        "prompts": ["question", "answer yes", "hello good world"],
+                    },
+                    data="none",
+                ),
+            ),
+        ),
+        "labels of a document are those without a prompt; an empty prompt is continued pre-training to the bit",
+    ),
     Technique(25, "Post-hoc Concept Bottleneck Models"),
     Technique(26, "Optimizing the Interface Between Knowledge Graphs and LLMs for Complex Reasoning"),
     Technique(27, "Efficient Prompt Tuning by Multi-Space Projection and Prompt Fusion"),
@@ -231,13 +307,87 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(29, "From Symbolic Tasks to Code Generation: Diversification Yields Better Task Performers"),
     Technique(30, "What to Pre-Train on? Efficient Intermediate Task Selection"),
     Technique(31, "RA-DIT: Retrieval-Augmented Dual Instruction Tuning"),
-    Technique(32, "One Adapter for All Programming Languages? Adapter Tuning for Code Search and Summarization"),
-    Technique(33, "Training Large Language Models To Reason In Parallel With Global Forking Tokens"),
+    Technique(
+        32,
+        "One Adapter for All Programming Languages? Adapter Tuning for Code Search and Summarization",
+        (Component("lightning_peft.adapters.bottleneck.BottleneckConfig", "layer"),),
+        "the sequential adapters of paper 38; examples/bottleneck_code.yaml trains them on the standard library",
+    ),
+    Technique(
+        33,
+        "Training Large Language Models To Reason In Parallel With Global Forking Tokens",
+        (
+            Component(
+                "lightning_peft.objectives.set_supervised.SetSupervisedMixin",
+                "mixin",
+                Example(
+                    arguments={"ssft_tags": ["red", "green", "blue"], "ssft_match_tokens": 5},
+                    data="traces",
+                    trains=r"^model\.",
+                ),
+                {"composition": "its rows are questions with their traces; its own tests show it beside another"},
+                ready="lightning_peft.objectives.set_supervised.SetSupervisedCausalLM",
+            ),
+            Component(
+                "lightning_peft.datamodules.trace_set.TraceSetData",
+                "datamodule",
+                Example(
+                    module="SetSupervisedCausalLM",
+                    module_arguments={"ssft_tags": ["red", "green", "blue"]},
+                    arguments={"tag_text": "red \n", "max_length": 32},
+                    data="trace_text",
+                    trains=r"^model\.",
+                ),
+            ),
+            Component(
+                "lightning_peft.callbacks.parallel_tag_generation.ParallelTagGeneration",
+                "callback",
+                Example(
+                    module="SetSupervisedCausalLM",
+                    module_arguments={"ssft_tags": ["red", "green", "blue"]},
+                    arguments={
+                        "questions": [{"prompt": "a b ", "answer": "c"}, {"prompt": "d ", "answer": "e"}],
+                        "tags": ["red", "green", "blue"],
+                        "answer_pattern": "(\\w+)",
+                        "generation": {"max_new_tokens": 2},
+                    },
+                    second={"questions": [{"prompt": "a ", "answer": "c"}], "tags": ["red"]},
+                    data="traces",
+                    trains=r"^model\.",
+                ),
+                {
+                    "drop-in": "needs a module with a tokenizer; refuses others by name",
+                    "manual": "needs a module with a tokenizer; refuses others by name",
+                },
+            ),
+            Component("lightning_peft.objectives.set_supervised.match_traces", "function"),
+        ),
+        "matching of least cost, blind to the order of traces; tags become one-to-one with ways of reasoning on a toy",
+    ),
     Technique(34, "Fine-tuning Done Right in Model Editing"),
     Technique(35, "Neural Prompt Search"),
     Technique(36, "Hateful Meme Detection through Context-Sensitive Prompting and Fine-Grained Labeling"),
     Technique(37, "Editable User Profiles for Controllable Text Recommendation"),
-    Technique(38, "Towards a Unified View of Parameter-Efficient Transfer Learning"),
+    Technique(
+        38,
+        "Towards a Unified View of Parameter-Efficient Transfer Learning",
+        (
+            Component(
+                "lightning_peft.adapters.bottleneck.BottleneckConfig",
+                "layer",
+                Example(
+                    arguments={"bottleneck": 4},
+                    second={  # the two together are MAM
+                        "config": {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2},
+                        "adapter_name": "mam",
+                    },
+                    trains=r"bottleneck_",
+                ),
+            ),
+        ),
+        "every form equal to its formula on five families; MAM is PEFT's prefix and the adapter at once; loads in "
+        "plain peft",
+    ),
     Technique(39, "Concept-Aware Batch Sampling Improves Language-Image Pretraining"),
     Technique(40, "Q-Tuning: Queue-based Prompt Tuning for Lifelong Few-shot Language Learning"),
     Technique(41, "DePT: Decoupled Prompt Tuning"),
@@ -263,13 +413,70 @@ TECHNIQUES: tuple[Technique, ...] = (
         "Chain-of-Thought Fine-Tuning",
     ),
     Technique(51, "Can LLMs Learn New Concepts Incrementally without Forgetting?"),
-    Technique(52, "AnalogSeeker: An Open-source Foundation Language Model for Analog Circuit Design"),
+    Technique(
+        52,
+        "AnalogSeeker: An Open-source Foundation Language Model for Analog Circuit Design",
+        (
+            Component(
+                "lightning_peft.objectives.self_constrained.SelfConstrainedMixin",
+                "mixin",
+                Example(arguments={"nsc_weight": 0.5}, trains=r"^model\."),
+                ready="lightning_peft.objectives.self_constrained.SelfConstrainedCausalLM",
+            ),
+            Component(
+                "lightning_peft.datamodules.reference_data.ReferenceData",
+                "datamodule",
+                Example(
+                    module="SelfConstrainedCausalLM",
+                    module_arguments={"nsc_weight": 0.5, "nsc_reference": "cached"},
+                    arguments={"max_length": 32, "batch_size": 2, "reference_top_k": 8},
+                    data="text",
+                ),
+            ),
+        ),
+        "KL to the starting network equals F.kl_div both ways, from a copy, switched-off adapters or cached top k; "
+        "kills "
+        "keep the start",
+    ),
     Technique(53, "Fictitious Synthetic Data Can Improve LLM Factuality via Prerequisite Learning"),
     Technique(54, "DSEE: Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models"),
     Technique(55, "DART-Math: Difficulty-Aware Rejection Tuning for Mathematical Problem-Solving"),
-    Technique(56, "SliceFine: The Universal Winning-Slice Hypothesis for Pretrained Networks"),
+    Technique(
+        56,
+        "SliceFine: The Universal Winning-Slice Hypothesis for Pretrained Networks",
+        (
+            Component(
+                "lightning_peft.callbacks.slice_fine.SliceFine",
+                "callback",
+                Example(
+                    arguments={"rank": 3, "orientation": "alternate", "interval": 2},
+                    trains=r"_proj\.weight$|\.(c_attn|c_fc)\.weight$",
+                ),
+                {"two": "two selections of the same weights refuse each other"},
+            ),
+        ),
+        "slices equal masked full fine-tuning, their gradients and moments have the slices' size; kills, DDP, FSDP2",
+    ),
     Technique(57, "LESS: Selecting Influential Data for Targeted Instruction Tuning"),
-    Technique(58, "HFT: Half Fine-Tuning for Large Language Models"),
+    Technique(
+        58,
+        "HFT: Half Fine-Tuning for Large Language Models",
+        (
+            Component(
+                "lightning_peft.callbacks.half_finetuning.HalfFineTuning",
+                "callback",
+                Example(
+                    arguments={"reselect": "epoch", "train_embeddings": False},
+                    trains=r"^model\.(model\.(layers|norm)|transformer\.(h|ln_f))\.",
+                ),
+                {"two": "two selections of the same weights refuse each other"},
+            ),
+            Component("lightning_peft.merging.half_reset.half_reset", "function"),
+        ),
+        "exact counts by category, a new half per epoch or stage without touching schedule or kept moments; kills, "
+        "DDP, "
+        "FSDP2; half_reset",
+    ),
     Technique(59, "Selecting Informative Contexts Improves Language Model Finetuning"),
     Technique(60, "SRFT: A Single-Stage Method with Supervised and Reinforcement Fine-Tuning for Reasoning"),
     Technique(61, "APE: A Data-Centric Benchmark for Efficient LLM Adaptation in Text Summarization"),
@@ -282,7 +489,20 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(65, "Explore Spurious Correlations at the Concept Level in Language Models for Text Classification"),
     Technique(66, "Inference-Aware Fine-Tuning for Best-of-N Sampling in Large Language Models"),
     Technique(67, "Concept Conductor: Orchestrating Multiple Personalized Concepts in Text-to-Image Synthesis"),
-    Technique(68, "QFFT, Question-Free Fine-Tuning for Adaptive Reasoning"),
+    Technique(
+        68,
+        "QFFT, Question-Free Fine-Tuning for Adaptive Reasoning",
+        (
+            Component(
+                "lightning_peft.datamodules.question_free.QuestionFreeData",
+                "datamodule",
+                Example(arguments={"add_eos": True}, data="text"),
+            ),
+            Component("lightning_peft.datamodules.question_free.ReasoningAdaptabilityKappa", "metric"),
+            Component("lightning_peft.datamodules.question_free.length_change", "function"),
+        ),
+        "no token of question, system text or header in any training row; kappa equals scikit-learn's",
+    ),
     Technique(69, "Encoder-based Domain Tuning for Fast Personalization of Text-to-Image Models"),
     Technique(70, "LoPT: Low-Rank Prompt Tuning for Parameter Efficient Language Models"),
     Technique(71, "Discover-then-Name: Task-Agnostic Concept Bottlenecks via Automated Concept Discovery"),
@@ -292,16 +512,137 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(75, "Enhancing the Reasoning Capabilities of Small Language Models via Solution Guidance Fine-Tuning"),
     Technique(76, "Empirical Analysis of the Strengths and Weaknesses of PEFT Techniques for LLMs"),
     Technique(77, "TAIL: Task-specific Adapters for Imitation Learning with Large Pretrained Models"),
-    Technique(78, "Symbol tuning improves in-context learning in language models"),
+    Technique(
+        78,
+        "Symbol tuning improves in-context learning in language models",
+        (
+            Component(
+                "lightning_peft.datamodules.symbol_tuning.SymbolTuningData",
+                "datamodule",
+                Example(
+                    arguments={
+                        "data": [{"input": f"w{i} w{i * 7 % 40}", "label": ("yes", "no")[i % 2]} for i in range(36)],
+                        "validation": [{"input": f"a w{i}", "label": ("yes", "no")[i % 2]} for i in range(6)],
+                        "test": [{"input": f"b w{i}", "label": ("yes", "no")[i % 2]} for i in range(6)],
+                        "kinds": ["words"],
+                        "words": ["red", "green", "blue", "cat", "dog", "mat"],
+                        "evaluation_words": ["one", "two", "three", "four"],
+                        "per_class": [1, 3],
+                        "evaluation_exemplars": 2,
+                    },
+                    data="none",
+                ),
+            ),
+            Component("lightning_peft.datamodules.symbol_tuning.InContextAccuracy", "metric"),
+            Component("lightning_peft.datamodules.symbol_tuning.chosen_labels", "function"),
+        ),
+        "symbols of training and evaluation disjoint, none another's beginning; a tuned toy follows flipped labels",
+    ),
     Technique(79, "How to Set the Learning Rate for Large-Scale Pre-training?"),
     Technique(80, "Low-rank finetuning for LLMs: A fairness perspective"),
-    Technique(81, "Meta-Learning Online Adaptation of Language Models"),
+    Technique(
+        81,
+        "Meta-Learning Online Adaptation of Language Models",
+        (
+            Component(
+                "lightning_peft.objectives.meta_weighting.MetaTokenWeightingMixin",
+                "mixin",
+                Example(
+                    arguments={"meta_rate": 0.1, "meta_documents": 12, "meta_reset_every": 12},
+                    data="documents",
+                    trains=r"^token_weights\.",
+                ),
+                {
+                    "accumulation": "an inner step is one on the documents of a batch",
+                    "ddp": "an inner step is one on the documents of a rank's batch",
+                    "fsdp2": "steps on whole parameters: refused by name",
+                    "composition": "replaces the step; others act on its outer loss, which its own tests show",
+                },
+                ready="lightning_peft.objectives.meta_weighting.MetaTokenWeightingCausalLM",
+            ),
+            Component(
+                "lightning_peft.objectives.online_adaptation.OnlineAdaptationMixin",
+                "mixin",
+                Example(
+                    arguments={"adapt_weights": "tfidf", "adapt_corpus": ["cat dog", "cat yes", "red green w20 w30"]},
+                    trains=r"^model\.",
+                ),
+                ready="lightning_peft.objectives.online_adaptation.OnlineAdaptationCausalLM",
+            ),
+            Component(
+                "lightning_peft.datamodules.document_questions.DocumentQuestionData",
+                "datamodule",
+                Example(
+                    module="MetaTokenWeightingCausalLM",
+                    module_arguments={"meta_rate": 0.02, "meta_documents": 12, "meta_reset_every": 12},
+                    arguments={"unrelated": [{"text": "red green blue"}, {"text": "cat dog"}], "max_length": 32},
+                    data="document_text",
+                    trains=r"^token_weights\.",
+                ),
+                {
+                    "accumulation": "an inner step is one on the documents of a batch",
+                    "ddp": "an inner step is one on the documents of a rank's batch",
+                    "fsdp2": "the module steps on whole parameters",
+                },
+            ),
+            Component(
+                "lightning_peft.callbacks.question_answering.QuestionAnswering",
+                "callback",
+                Example(
+                    arguments={
+                        "questions": [{"prompt": "a b ", "answer": "c"}, {"prompt": "d ", "answer": "e"}],
+                        "generation": {"num_beams": 2, "max_new_tokens": 2},
+                    },
+                    second={"questions": [{"prompt": "a ", "answer": "c"}], "prefix_match": True},
+                    trains=r"^model\.",
+                ),
+                {
+                    "drop-in": "needs a module with a tokenizer; refuses others by name",
+                    "manual": "needs a module with a tokenizer; refuses others by name",
+                },
+            ),
+        ),
+        "meta-gradients equal unrolled autograd and finite differences; resets exact over kills; facts outweigh filler",
+    ),
     Technique(82, "AutoPEFT: Automatic Configuration Search for Parameter-Efficient Fine-Tuning"),
     Technique(83, "AnyTaskTune: Advanced Domain-Specific Solutions through Task-Fine-Tuning"),
     Technique(84, "Approximated Prompt Tuning for Vision-Language Pre-trained Models"),
-    Technique(85, "Model Stock: All we need is just a few fine-tuned models"),
+    Technique(
+        85,
+        "Model Stock: All we need is just a few fine-tuned models",
+        (
+            Component("lightning_peft.merging.model_stock.model_stock", "function"),
+            Component("lightning_peft.merging.merge", "function"),
+            Component(
+                "lightning_peft.callbacks.model_stock.ModelStock",
+                "callback",
+                Example(arguments={"period": 2}, trains=r"^model\."),
+                {"two": "two would average models that take turns: refused by name"},
+            ),
+        ),
+        "equal to mergekit's result from disk to disk, streamed; models that take turns in one run, exact over kills",
+    ),
     Technique(86, "Learning to Generate Research Idea with Dynamic Control"),
-    Technique(87, "KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models"),
+    Technique(
+        87,
+        "KaSA: Knowledge-Aware Singular-Value Adaptation of Large Language Models",
+        (
+            Component(
+                "lightning_peft.callbacks.kasa.KaSA",
+                "callback",
+                Example(
+                    arguments={"r": 4, "beta": 0.01, "gamma": 0.01, "target_modules": ["q_proj", "v_proj"]},
+                    second={"r": 2, "target_modules": ["o_proj"], "adapter_name": "other"},
+                    trains=r"lora_",
+                ),
+                {
+                    "teardown": "the adapter stays on the module, where validation and export need it",
+                    "manual": "adds terms to the loss that only automatic optimisation sees; refuses by name",
+                },
+            ),
+        ),
+        "both regularisers equal PEFT's and a hand computation; the truncated base is in every checkpoint, also deltas",
+    ),
     Technique(
         88,
         "Adapt Once, Thrive with Updates: Transferable Parameter-Efficient Fine-Tuning on Evolving Base Models",
@@ -310,8 +651,53 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(90, "Effectiveness of Data Augmentation for Parameter Efficient Tuning with Limited Data"),
     Technique(91, "Unified Vision and Language Prompt Learning"),
     Technique(92, "ILLUME: Rationalizing Vision-Language Models through Human Interactions"),
-    Technique(93, "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification"),
-    Technique(94, "FAIT: Fault-Aware Fine-Tuning for Better Code Generation"),
+    Technique(
+        93,
+        "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification",
+        (
+            Component(
+                "lightning_peft.objectives.dynamic_fine_tuning.DynamicFineTuningMixin",
+                "mixin",
+                Example(arguments={"dft_floor": 0.1}, trains=r"^model\."),
+                ready="lightning_peft.objectives.dynamic_fine_tuning.DynamicFineTuningCausalLM",
+            ),
+            Component("lightning_peft.objectives.dynamic_fine_tuning.dynamic_fine_tuning_weights", "function"),
+        ),
+        "gradient of -sum p / M exactly, loss and gradient equal TRL's dft; exact counts over packing and ranks",
+    ),
+    Technique(
+        94,
+        "FAIT: Fault-Aware Fine-Tuning for Better Code Generation",
+        (
+            Component(
+                "lightning_peft.objectives.fault_aware.FaultAwareMixin",
+                "mixin",
+                Example(arguments={"fait_alpha": 2.0}, data="faults", trains=r"^model\."),
+                ready="lightning_peft.objectives.fault_aware.FaultAwareCausalLM",
+            ),
+            Component("lightning_peft.objectives.fault_aware.importance", "function"),
+            Component(
+                "lightning_peft.datamodules.fault_pairs.FaultPairs",
+                "datamodule",
+                Example(
+                    module="FaultAwareCausalLM",
+                    arguments={"max_length": 32, "batch_size": 2},
+                    data="wrong_text",
+                ),
+            ),
+            Component(
+                "lightning_peft.datamodules.fault_pairs.StandardLibraryFaultPairs",
+                "datamodule",
+                Example(
+                    module="FaultAwareCausalLM",
+                    arguments={"max_examples": 40, "max_length": 256, "batch_size": 2},
+                    data="none",
+                ),
+            ),
+        ),
+        "masks exact on hand examples, weights equal the equation, the margin of correct over mutated functions grows "
+        "faster than with plain fine-tuning; the formula of the importance is ours",
+    ),
     Technique(
         95,
         "The Ultimate Guide to Fine-Tuning LLMs from Basics to Breakthroughs: An Exhaustive Review of "
@@ -323,29 +709,141 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(99, "Unveiling the Secret Recipe: A Guide For Supervised Fine-Tuning Small LLMs"),
     Technique(100, "Dynamic Data Mixing Maximizes Instruction Tuning for Mixture-of-Experts"),
     Technique(101, "Customized Generation Reimagined: Fidelity and Editability Harmonized"),
-    Technique(102, "LookAhead Tuning: Safer Language Models via Partial Answer Previews"),
+    Technique(
+        102,
+        "LookAhead Tuning: Safer Language Models via Partial Answer Previews",
+        (
+            Component(
+                "lightning_peft.datamodules.look_ahead_tuning.LookAheadTuningData",
+                "datamodule",
+                Example(arguments={"preview_tokens": 2, "connector": " answer "}, data="text"),
+            ),
+            Component("lightning_peft.datamodules.look_ahead_tuning.FirstTokensShift", "metric"),
+            Component("lightning_peft.datamodules.look_ahead_tuning.RefusalRate", "metric"),
+        ),
+        "previews are beginnings of the answer's own text; first tokens start likelier and move less",
+    ),
     Technique(103, "Configurable Preference Tuning with Rubric-Guided Synthetic Data"),
-    Technique(104, "Disentangling Reasoning Tokens and Boilerplate Tokens For Language Model Fine-tuning"),
+    Technique(
+        104,
+        "Disentangling Reasoning Tokens and Boilerplate Tokens For Language Model Fine-tuning",
+        (
+            Component(
+                "lightning_peft.objectives.reasoning_highlighted.ReasoningHighlightedMixin",
+                "mixin",
+                Example(arguments={"rft_tau": 0.5}, data="reasoning", trains=r"^model\."),
+                ready="lightning_peft.objectives.reasoning_highlighted.ReasoningHighlightedCausalLM",
+            ),
+            Component("lightning_peft.objectives.reasoning_highlighted.reasoning_weights", "function"),
+            Component(
+                "lightning_peft.datamodules.shuffle_discriminator.ShuffleDiscriminatedData",
+                "datamodule",
+                Example(
+                    module="ReasoningHighlightedCausalLM",
+                    arguments={"max_length": 32, "batch_size": 2, "shuffled_rows": 8, "shuffled_epochs": 1},
+                    data="text",
+                ),
+            ),
+        ),
+        "tells f(x) from its frame on synthetic data by shuffled outputs; weights equal the equation in every scope",
+    ),
     Technique(105, "CoLLEGe: Concept Embedding Generation for Large Language Models"),
     Technique(106, "Automatic Evaluation of Generative Models with Instruction Tuning"),
     Technique(
         107,
         "DR-Tune: Improving Fine-tuning of Pretrained Visual Models by Distribution Regularization with "
         "Semantic Calibration",
+        (
+            Component(
+                "lightning_peft.objectives.distribution_regularized.DistributionRegularizedMixin",
+                "mixin",
+                Example(
+                    "vit",
+                    "ImageClassifier",
+                    arguments={"dr_queue_size": 24, "dr_rotation_every": 2},
+                    data="images",
+                    trains=r"^model\.",
+                ),
+                ready="lightning_peft.objectives.distribution_regularized.DistributionRegularizedImageClassifier",
+            ),
+        ),
+        "calibration recovers a known rotation; queue, counts and loss exact over micro-batches, ranks and kills",
     ),
     Technique(
         108,
         "Long-Short Chain-of-Thought Mixture Supervised Fine-Tuning Eliciting Efficient Reasoning in "
         "Large Language Models",
+        (
+            Component(
+                "lightning_peft.datamodules.long_short_mixture.LongShortMixtureData",
+                "datamodule",
+                Example(
+                    arguments={
+                        split: [
+                            {
+                                "prompt": f"{ask} w{i} ",
+                                "completion": f"<think> a b c d e f w{i} </think> w{i}",
+                                "short": f"a w{i}",
+                            }
+                            for i in range(n)
+                        ]
+                        for split, ask, n in (("data", "question", 18), ("validation", "yes", 3), ("test", "no", 6))
+                    },
+                    data="none",
+                ),
+            ),
+            Component("lightning_peft.datamodules.long_short_mixture.ReasoningEfficiency", "metric"),
+            Component("lightning_peft.datamodules.long_short_mixture.why_rejected", "function"),
+        ),
+        "rewritings that change answer or order are left out; a tuned toy's lengths lie between long and short",
     ),
     Technique(
         109,
         "Make Prompt-based Black-Box Tuning Colorful: Boosting Model Generalization from Three Orthogonal Perspectives",
     ),
-    Technique(110, "Selective Mixup Fine-Tuning for Optimizing Non-Decomposable Objectives"),
+    Technique(
+        110,
+        "Selective Mixup Fine-Tuning for Optimizing Non-Decomposable Objectives",
+        (
+            Component(
+                "lightning_peft.objectives.selective_mixup.SelectiveMixupMixin",
+                "mixin",
+                Example(
+                    "vit",
+                    "ImageClassifier",
+                    arguments={"selmix_metric": "harmonic_mean", "selmix_every": 2},
+                    data="image_pairs",
+                    trains=r"^model\.",
+                ),
+                ready="lightning_peft.objectives.selective_mixup.SelectiveMixupImageClassifier",
+            ),
+            Component("lightning_peft.objectives.selective_mixup.pair_gains", "function"),
+            Component("lightning_peft.objectives.selective_mixup.pair_distribution", "function"),
+            Component("lightning_peft.objectives.confusion_metrics.ConfusionMetric", "metric"),
+        ),
+        "gains equal the paper's sums and raise the metric in a real step; pairs follow P exactly over kills and ranks",
+    ),
     Technique(111, "Empowering Smaller Models: Tuning LLaMA and Gemma with Chain-of-Thought for Ukrainian Exam Tasks"),
     Technique(112, "Efficient Hyperparameter Tuning via Trajectory Invariance Principle"),
-    Technique(113, "Parameter-Efficient Tuning with Special Token Adaptation"),
+    Technique(
+        113,
+        "Parameter-Efficient Tuning with Special Token Adaptation",
+        (
+            Component(
+                "lightning_peft.adapters.special_tokens.SpecialTokensConfig",
+                "layer",
+                Example(
+                    arguments={"token_ids": [*range(5, 40)], "positions": 10},
+                    second={
+                        "config": {"peft_type": "SPECIAL_TOKENS", "share": "token", "token_ids": [7, 8]},
+                        "adapter_name": "other",
+                    },
+                    trains=r"special_tokens_",
+                ),
+            ),
+        ),
+        "only special tokens' states change, by order or by id, row by row and across a cache; loads in plain peft",
+    ),
     Technique(114, "Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning"),
     Technique(115, "TuneTables: Context Optimization for Scalable Prior-Data Fitted Networks"),
     Technique(
@@ -353,7 +851,32 @@ TECHNIQUES: tuple[Technique, ...] = (
         "Let the Expert Stick to His Last: Expert-Specialized Fine-Tuning for Sparse Architectural "
         "Large Language Models",
     ),
-    Technique(117, "Fine Tuning without Catastrophic Forgetting via Selective Low Rank Adaptation"),
+    Technique(
+        117,
+        "Fine Tuning without Catastrophic Forgetting via Selective Low Rank Adaptation",
+        (
+            Component(
+                "lightning_peft.callbacks.selective_lora.SelectiveLoRA",
+                "callback",
+                Example(
+                    arguments={
+                        "r": 4,
+                        "target_modules": ["q_proj", "v_proj"],
+                        "sparsity": 0.3,
+                        "penalty_after": 1,
+                        "penalty_unit": "step",
+                    },
+                    second={"r": 2, "target_modules": ["o_proj"], "adapter_name": "other"},
+                    trains=r"lora_",
+                ),
+                {
+                    "teardown": "the adapter stays on the module, where validation and export need it",
+                    "manual": "adds a term to the loss that only automatic optimisation sees; refuses by name",
+                },
+            ),
+        ),
+        "gates by the straight-through formula; closed blocks add exactly nothing; open ones are saved as plain LoRA",
+    ),
     Technique(118, "Exploring and Evaluating Personalized Models for Code Generation"),
     Technique(119, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks"),
 )
@@ -368,10 +891,33 @@ SHARED: tuple[Component, ...] = (
         Example("bert", "SequenceClassifier", data="classes"),
     ),
     Component(
+        "lightning_peft.models.image_classifier.ImageClassifier",
+        "module",
+        Example("vit", "ImageClassifier", data="images"),
+    ),
+    Component(
         "lightning_peft.models.text_encoder.TextEncoder",
         "module",
         Example("bert", "TextEncoder", data="pairs"),
         {"accumulation": "in-batch negatives are those of the micro-batch"},
+    ),
+    Component(
+        "lightning_peft.callbacks.peft.PEFT",
+        "callback",
+        Example(
+            arguments={"config": {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"]}},
+            second={
+                "config": {"peft_type": "LORA", "r": 2, "target_modules": ["o_proj"]},
+                "adapter_name": "other",
+            },
+            trains=r"lora_",
+        ),
+        {"teardown": "the adapter stays on the module, where validation and export need it"},
+    ),
+    Component(
+        "lightning_peft.callbacks.delta_checkpoint.DeltaCheckpoint",
+        "callback",
+        Example(arguments={"filename": "delta"}, second={"filename": "other", "monitor": "val_loss"}),
     ),
     Component(
         "lightning_peft.callbacks.random_state.RandomState",
@@ -383,6 +929,19 @@ SHARED: tuple[Component, ...] = (
         "lightning_peft.callbacks.loss_curves.LossCurves",
         "callback",
         Example(second={"names": ["val_loss"], "path": "held_out.png"}),
+    ),
+    Component(
+        "lightning_peft.callbacks.token_weight_viewer.TokenWeightViewer",
+        "callback",
+        Example(
+            module="DynamicFineTuningCausalLM",
+            arguments={"steps": [0, 2], "examples": 2},
+            second={"steps": [1], "path": "second.html"},
+        ),
+        {
+            "drop-in": "shows the weights of a CausalLM's tokens; refuses others by name",
+            "manual": "shows the weights of a CausalLM's tokens; refuses others by name",
+        },
     ),
     Component(
         "lightning_peft.callbacks.position_loss.PositionLoss",
@@ -399,9 +958,20 @@ SHARED: tuple[Component, ...] = (
         Example(arguments={"max_length": 32, "batch_size": 2}, data="text"),
     ),
     Component(
+        "lightning_peft.datamodules.image_data.ImageData",
+        "datamodule",
+        Example(
+            "vit",
+            "ImageClassifier",
+            arguments={"image_size": 8, "channels": 1, "crop": 0.6, "flip": True},
+            data="images",
+            trains=r"^model\.",
+        ),
+    ),
+    Component(
         "lightning_peft.datamodules.standard_library_code.StandardLibraryCode",
         "datamodule",
-        Example(arguments={"max_examples": 16, "max_length": 256, "batch_size": 2}, data="none"),
+        Example(arguments={"max_examples": 36, "max_length": 512, "batch_size": 2}, data="none"),
     ),
     Component("lightning_peft.kernels.linear_cross_entropy.linear_cross_entropy", "function"),
 )

@@ -4,6 +4,8 @@ Importing this package imports nothing but the standard library. Tuners register
 it is. One line here registers a technique's file:
 
     TUNERS += (Tuner("weight_offsets", "lightning_peft.adapters.weight_offsets", "WeightOffsetsConfig", ...),)
+
+and `register_with_peft()` is the file's last line, for whoever imports that file before `peft`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,19 @@ class Tuner:
 
 
 #: Every tuner of this suite, one line each.
-TUNERS: tuple[Tuner, ...] = ()
+TUNERS: tuple[Tuner, ...] = (
+    Tuner("bottleneck", "lightning_peft.adapters.bottleneck", "BottleneckConfig", "BottleneckModel"),
+    Tuner("connected", "lightning_peft.adapters.connected", "ConnectedAdapterConfig", "ConnectedAdapterModel"),
+    Tuner("sparse_gin", "lightning_peft.adapters.sparse_gin", "SparseGINConfig", "SparseGINModel"),
+    Tuner("special_tokens", "lightning_peft.adapters.special_tokens", "SpecialTokensConfig", "SpecialTokensModel"),
+    Tuner(
+        "selective_lora",
+        "lightning_peft.adapters.selective_lora",
+        "SelectiveLoraConfig",
+        "SelectiveLoraModel",
+        prefix="lora_",
+    ),
+)
 
 
 def add_peft_type(name: str) -> Any:
@@ -61,15 +75,27 @@ def add_peft_type(name: str) -> Any:
     return PeftType[value]
 
 
+def being_imported() -> bool:
+    """Whether a tuner's file, or what tuners share, is in the middle of its import (and so has asked for `peft`)."""
+    waiting = {tuner.module: tuner.model for tuner in TUNERS} | {f"{__name__}.beside": "BesideModel"}
+    loaded = {name: model for name, model in waiting.items() if name in sys.modules}
+    return any(not hasattr(sys.modules[name], model) for name, model in loaded.items())
+
+
 def register(tuners: Sequence[Tuner]) -> None:
-    """Makes tuners known to PEFT; those it knows already are left alone."""
+    """Makes tuners known to PEFT; those it knows already are left alone.
+
+    While a tuner's file is being imported nothing happens: its last line calls again.
+    """
+    if being_imported():
+        return
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
 
     for tuner in tuners:
+        module = importlib.import_module(tuner.module)  # which registers all, if it is the first time
         if add_peft_type(tuner.name) in PEFT_TYPE_TO_CONFIG_MAPPING:
             continue
-        module = importlib.import_module(tuner.module)
         register_peft_method(
             name=tuner.name,
             config_cls=getattr(module, tuner.config),

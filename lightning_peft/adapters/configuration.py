@@ -111,12 +111,21 @@ def for_network(config: PeftConfig, network: nn.Module, modules_to_save: list[st
     if hasattr(config, "modules_to_save"):
         own = [*(config.modules_to_save or []), *(modules_to_save or [])]
         _check_names(own, network, "modules_to_save")
-        own += [name for name in TASK_HEADS.get(str(config.task_type), []) if name not in own]
+        heads = TASK_HEADS.get(str(config.task_type), [])
+        own += [name for name in heads if name not in own and _is_untrained_head(network, name)]
         config.modules_to_save = own or None
     elif modules_to_save:
         raise ValueError(f"{type(config).__name__} takes no modules_to_save: got {modules_to_save}.")
     _check_names(getattr(config, "target_modules", None), network, "target_modules")
     return config
+
+
+def _is_untrained_head(network: nn.Module, name: str) -> bool:
+    """Whether the network has a head of this name that no earlier adapter trains: it has one, whatever the adapters."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    found = [module for path, module in network.named_modules() if path.rpartition(".")[2] == name]
+    return bool(found) and not any(isinstance(module, ModulesToSaveWrapper) for module in found)
 
 
 def _check_names(given: Any, network: nn.Module, argument: str) -> None:

@@ -1,7 +1,8 @@
 """Adapters into the network inside a LightningModule, in place: the module keeps its attributes and methods.
 
 Tuners (LoRA and its relatives, IA3, ...) replace layers of the network; what PEFT runs in the network's forward (prompt
-learning) replaces the network by its `PeftModel`, under the same attribute.
+learning) replaces the network by its `PeftModel`, under the same attribute. One of each kind go together, in any order:
+the tuner's layers are then in the network inside the `PeftModel` (MAM is prefix tuning and bottleneck adapters).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.configuration import closest, for_network, to_json
 from lightning_peft.delta import digest
+from lightning_peft.network_record import base_of
 
 
 def network_name(module: nn.Module, network: str | None = None) -> str:
@@ -68,14 +70,24 @@ def has_network(module: nn.Module) -> bool:
 
 def adapters_of(network: nn.Module) -> dict[str, str]:
     """Adapters put in by us: name -> the config as it was asked for, JSON."""
-    return network.__dict__.setdefault("_lightning_peft", {})
+    return base_of(network).__dict__.setdefault("_lightning_peft", {})
+
+
+def adapter_holders(network: nn.Module) -> dict[str, Any]:
+    """Name of each adapter -> what PEFT keeps it on: the `PeftModel`, or the network (inside it, for a tuner there)."""
+    levels = [base_of(network), network]
+    return {name: level for level in levels for name in getattr(level, "peft_config", {})}
+
+
+def configs_of(network: nn.Module) -> dict[str, PeftConfig]:
+    """Name of each adapter on the network -> its config."""
+    return {name: holder.peft_config[name] for name, holder in adapter_holders(network).items()}
 
 
 def tuner_of(network: Any) -> nn.Module | None:
     """PEFT's tuner object, which carries what is not in the layers, such as `_get_kasa_loss`."""
-    if isinstance(network, PeftModel):
-        return network.base_model
-    return network.__dict__.get("peft_tuner")
+    inner = base_of(network).__dict__.get("peft_tuner")
+    return network.base_model if inner is None and isinstance(network, PeftModel) else inner
 
 
 def runs_in_forward(config: PeftConfig) -> bool:
@@ -118,7 +130,7 @@ def inject(
     asked = to_json(config)
     if adapters_of(found).get(adapter_name) == asked:
         return found
-    existing = getattr(found, "peft_config", {})
+    existing = configs_of(found)
     if adapter_name in existing:
         if to_json(existing[adapter_name]) == asked:  # what became of the config, as a checkpoint has it
             return found
@@ -126,21 +138,31 @@ def inject(
             f"the network has an adapter named {adapter_name!r} already, from another config: give this one another "
             "adapter_name."
         )
-    others = {other.peft_type for other in existing.values()} - {config.peft_type}
-    if others:
-        raise ValueError(f"a network takes adapters of one PEFT type: it has {sorted(others)}, not {config.peft_type}.")
-    base = found.get_base_model() if isinstance(found, PeftModel) else found
-    config = for_network(copy.deepcopy(config), base, modules_to_save)
+    _check_together(config, existing)
+    config = for_network(copy.deepcopy(config), base_of(found), modules_to_save)
     before = {id(p): digest(p) for p in found.parameters() if not p.is_meta}
     with warnings.catch_warnings():
         # PEFT warns of a second adapter on one network, which is asked for here.
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT for a second time")
         adapted = _inject(module, path, found, config, adapter_name, autocast_adapter_dtype)
     # Some methods (PiSSA, KaSA) write into the base: a delta has to hold those weights as well.
     changed = {id(p) for p in adapted.parameters() if id(p) in before and before[id(p)] != digest(p)}
     changed_base(adapted).update(n for n, p in adapted.named_parameters(remove_duplicate=False) if id(p) in changed)
     adapters_of(adapted)[adapter_name] = asked
     return adapted
+
+
+def _check_together(config: PeftConfig, existing: dict[str, PeftConfig]) -> None:
+    """Refuses what PEFT cannot keep on one network: two types, but for prompt learning around a tuner's layers."""
+    for other in existing.values():
+        around = [c for c in (config, other) if runs_in_forward(c)]
+        together = len(around) == 1 and around[0].is_prompt_learning
+        if other.peft_type != config.peft_type and not together:
+            raise ValueError(
+                f"a network takes adapters of one PEFT type, and prompt learning besides: it has {other.peft_type} and "
+                f"cannot have {config.peft_type} as well."
+            )
 
 
 def changed_base(network: nn.Module) -> set[str]:
@@ -151,6 +173,9 @@ def changed_base(network: nn.Module) -> set[str]:
 def _inject(
     module: nn.Module, path: str, found: Any, config: PeftConfig, name: str, autocast_adapter_dtype: bool
 ) -> nn.Module:
+    if isinstance(found, PeftModel) and runs_in_forward(found.active_peft_config) and not runs_in_forward(config):
+        _inject(module, path, base_of(found), config, name, autocast_adapter_dtype)
+        return found
     together = [*getattr(found, "peft_config", {}), name]
     if isinstance(found, PeftModel):
         found.add_adapter(name, config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -160,7 +185,10 @@ def _inject(
     if runs_in_forward(config):
         if path == "":
             raise ValueError(f"{config.peft_type} replaces the network by a PeftModel, so it must be a module's part.")
+        trained = [p for p in found.parameters() if p.requires_grad] if together[:-1] else []
         adapted = get_peft_model(found, config, adapter_name=name, autocast_adapter_dtype=autocast_adapter_dtype)
+        for parameter in trained:  # a tuner's, which prompt learning has frozen with everything else
+            parameter.requires_grad = True
         _replace(module, found, adapted)
         return adapted
     # What inject_adapter_in_model does, but the tuner is kept: it carries KaSA's loss and merging.
@@ -193,13 +221,15 @@ def load_adapter(network: Any, folder: str, adapter_name: str = "default") -> No
     Raises:
         ValueError: The folder's weights are not those of the adapter.
     """
+    network = adapter_holders(network)[adapter_name]
     saved = load_peft_weights(folder, device="cpu")
     if not isinstance(network, PeftModel):
         saved = {key.removeprefix("base_model.model."): value for key, value in saved.items()}
     elif network.peft_config[adapter_name].is_prompt_learning:
         _check_prompt(network, saved, folder, adapter_name)
     result: Any = set_peft_model_state_dict(network, saved, adapter_name=adapter_name)
-    trained = {name for name, p in network.named_parameters() if p.requires_grad and "prompt_encoder" not in name}
+    own = (name for name, p in network.named_parameters() if p.requires_grad and adapter_name in name.split("."))
+    trained = {name for name in own if "prompt_encoder" not in name}
     missing = sorted(trained.intersection(result.missing_keys))
     unexpected = [key for key in result.unexpected_keys if key != "prompt_embeddings"]
     if missing or unexpected:

@@ -8,6 +8,7 @@ from typing import Any
 _lazy = {
     "CausalLM": "causal_lm",
     "FineTuningModule": "fine_tuning_module",
+    "ImageClassifier": "image_classifier",
     "SequenceClassifier": "sequence_classifier",
     "TextEncoder": "text_encoder",
     "load_pretrained": "pretrained",

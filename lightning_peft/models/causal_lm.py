@@ -70,17 +70,44 @@ class CausalLM(FineTuningModule):
         """What the network does to its head's output."""
         return LogitTransform.of(self.model.config)
 
-    def hidden_states(self, batch: Batch) -> Tensor:
-        """What the output head reads, [batch, time, width]: the network run whole, with its head only looking."""
+    def hidden_states(self, batch: Batch, network: Any | None = None) -> Tensor:
+        """What the output head reads, [batch, time, width]: the network run whole, with its head only looking.
+
+        Args:
+            batch: The batch.
+            network: Another network than the module's own, such as a frozen reference.
+        """
         seen: list[Tensor] = []
+        network = self.model if network is None else network
 
         def look(hidden: Tensor) -> Tensor:
             seen.append(hidden[:, -batch["input_ids"].shape[1] :])
             return hidden.new_ones((*hidden.shape[:-1], 1))
 
-        with replaced_forward(head_of(self.model), look):
-            self.model(**self.model_inputs(batch))
+        with replaced_forward(head_of(network), look):
+            network(**self.model_inputs(batch))
         return seen[0]
+
+    def row_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Flat positions [n] of the labelled tokens and their nll [n], by the network alone: no objective takes part.
+
+        For passes beside the step, under `no_grad` or not. A label at a row's first token is not predicted.
+        """
+        made: list[tuple[Tensor, Tensor]] = []
+        head = head_of(self.model)
+        labels = batch["labels"]
+        targets = (labels[:, 1:] != IGNORED).flatten().nonzero().squeeze(1)
+        index = targets + targets // max(labels.shape[1] - 1, 1) + 1  # in the flattened labels, first column included
+
+        def read(hidden: Tensor) -> Tensor:
+            rows = _last(hidden, labels.shape[1])[index - 1]
+            nll = head_nll(head, original, rows, labels.flatten()[index], self.logit_transform).nll
+            made.append((index, nll))
+            return hidden.new_ones((*hidden.shape[:-1], 1))
+
+        with replaced_forward(head, read) as original:
+            self.model(**self.model_inputs(batch))
+        return made[0]
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -88,6 +115,7 @@ class CausalLM(FineTuningModule):
         return int((batch["labels"][:, 1:] != IGNORED).sum())
 
     def terms(self, batch: Batch, counts: dict[str, Tensor]) -> StepTerms:
+        batch = self.before_forward(batch)
         made: list[StepTerms] = []
         head = head_of(self.model)
         seen: dict[str, Any] = {}
@@ -95,7 +123,7 @@ class CausalLM(FineTuningModule):
         def fused(hidden: Tensor) -> Tensor:
             further: list[HeadTerm] = []
             if seen:
-                further = self.head_terms(batch, TrunkState(final=hidden, **seen))
+                further = self.head_terms(batch, TrunkState(final=hidden, logits=original, **seen))
             made.append(self._terms_of_rows(head, original, hidden, batch, counts, further))
             return hidden.new_ones((*hidden.shape[:-1], 1))  # what the network then scales or caps: a probe of it
 
@@ -155,11 +183,17 @@ class CausalLM(FineTuningModule):
         index = torch.cat([c + 1 if t is main else c for t, c in zip(shared, chosen)] or [targets])
 
         def weigh(units: Rows) -> Tensor:
+            if not self.rowwise:  # called once, for all rows: those of further terms are not the weights' to see
+                own = Rows(*(None if column is None else column[:own_rows] for column in units))  # type: ignore[arg-type]
+                weights = self.loss_weights(batch, own._replace(index=index[:own_rows]))
+                ones = torch.ones_like(units.nll)
+                return ones if weights is None else torch.cat([weights.to(ones), ones[own_rows:]])
             weights = self.loss_weights(batch, units._replace(index=index[units.index]))
             ones = torch.ones_like(units.nll)
             return ones if weights is None else torch.where(units.index < own_rows, weights.to(units.nll), ones)
 
-        rule = weigh if own_rows and self._has_weights(batch) else None
+        # Also where no row is labelled: a weight that needs other ranks' rows asks for them on every rank.
+        rule = weigh if not replaced and self._has_weights(batch) else None
         loss, units, weights = self._reduce(head, forward, rows, targets, scale, rule)
         sums, sizes_of, per_row = {}, {}, {}
         for term, places, nll, weight in zip(shared, chosen, units.nll.split(sizes), weights.split(sizes)):
@@ -172,7 +206,8 @@ class CausalLM(FineTuningModule):
         if rule is not None:
             sums["nll"], sizes_of["nll"] = units.nll[:own_rows].sum(), own_rows
         own = Rows(*(None if column is None else column[:own_rows] for column in units))  # type: ignore[arg-type]
-        return StepTerms(loss, sums, sizes_of, own._replace(index=index[:own_rows]), per_row)
+        given = None if rule is None else weights[:own_rows]
+        return StepTerms(loss, sums, sizes_of, own._replace(index=index[:own_rows]), given, per_row)
 
     def _reduce(
         self, head: nn.Module, forward: Forward, rows: Tensor, targets: Tensor, scale: Tensor, rule: Any

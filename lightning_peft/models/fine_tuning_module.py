@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_peft.checkpoint import restore_loader_positions
 from lightning_peft.models.optimizers import OPTIMIZERS, imported, make_scheduler, parameter_groups
 from lightning_peft.models.pretrained import load_pretrained, load_tokenizer
 from lightning_peft.models.sharding import shard
@@ -30,6 +31,7 @@ class StepTerms:
         sums: Detached numerator of each term on this micro-batch (without its coefficient).
         counts: Units of each term on this micro-batch.
         units: The detached rows the main loss was made of.
+        weights: Weight of each unit [n], detached; `None` where nothing weighs them.
         per_row: For each term of the output matrix, the flat positions [n] that predict and their nll [n], detached.
         outputs: What the network returned.
     """
@@ -38,6 +40,7 @@ class StepTerms:
     sums: dict[str, Tensor]
     counts: dict[str, int]
     units: Rows
+    weights: Tensor | None = None
     per_row: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     outputs: Any = field(default=None, repr=False)
 
@@ -122,6 +125,7 @@ class FineTuningModule(L.LightningModule):
         for objective in objectives or []:
             self.add_objective(objective)
         self._step_counts: dict[str, Tensor] = {}
+        self._steps_seen = 0
         #: Optimizer step at which the present schedule began: a stage with a fresh optimizer sets it (see `callbacks`).
         self.schedule_start = 0
 
@@ -140,6 +144,15 @@ class FineTuningModule(L.LightningModule):
 
     def add_objective(self, objective: Objective) -> None:
         """Appends an objective; call it before the optimizers are made (a constructor, or a callback's `setup`)."""
+        from lightning_peft.objectives.objective import Objective
+
+        for replacing, other in [(o, objective) for o in self.objectives] + [(objective, o) for o in self.objectives]:
+            acts = [h for h in ("loss_weights", "head_terms") if getattr(type(other), h) is not getattr(Objective, h)]
+            if type(replacing).replaces_main and acts:
+                raise ValueError(
+                    f"{type(replacing).__name__} trains by its own terms alone, so {type(other).__name__} has nothing "
+                    "to act on beside it: use one of the two, or one after the other in two runs."
+                )
         objective.attach(self)
         self.objectives.append(objective)
 
@@ -149,12 +162,21 @@ class FineTuningModule(L.LightningModule):
             batch = objective.transform_batch(self, batch)
         return batch
 
+    def before_forward(self, batch: Batch) -> Batch:
+        """The batch with what every objective adds to it before the step's forward; `terms` begins with it."""
+        for objective in sorted(self.objectives, key=lambda objective: not objective.changes_inputs):
+            batch = objective.before_forward(self, batch)
+        return batch
+
     def loss_weights(self, batch: Batch, units: Rows) -> Tensor | None:
-        """The product of all objectives' weights and the batch's own `weight` column [batch]; [n], or `None` for 1."""
+        """The product of all objectives' weights and of the batch's own `weight` column; [n], or `None` for 1.
+
+        The column is [batch], or [batch, time] for packed rows.
+        """
         weights: Tensor | None = None
         if "weight" in batch:
-            per_row = batch["labels"][0].numel() if batch["labels"].ndim > 1 else 1
-            weights = batch["weight"].to(units.nll)[units.index // per_row]
+            own = batch["weight"].to(units.nll)
+            weights = own.flatten()[units.index // max(batch["labels"].numel() // own.numel(), 1)]
         for objective in self.objectives:
             own = objective.loss_weights(self, batch, units)
             if own is not None:
@@ -214,8 +236,18 @@ class FineTuningModule(L.LightningModule):
             objective.on_fit_start(self)
 
     def on_train_start(self) -> None:
+        restore_loader_positions(self.trainer)
         for loader in self.trainer.fit_loop._combined_loader.flattened:
             self.bind_loader(loader)
+        self._steps_seen = self.global_step
+        for objective in self.objectives:
+            objective.on_train_start(self)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.global_step != self._steps_seen:
+            self._steps_seen = self.global_step
+            for objective in self.objectives:
+                objective.on_step_end(self)
 
     def _window(self, batch_idx: int) -> int:
         """Micro-batches of the optimizer step that starts at `batch_idx`; an epoch's last window may be shorter."""
@@ -224,10 +256,11 @@ class FineTuningModule(L.LightningModule):
 
     def step_counts(self, batch: Batch) -> dict[str, Tensor]:
         """Counts of the whole optimizer step by term, scalars; ranks add them up once a step."""
-        own = batch.get("step_counts")
+        own, unseen = batch.get("step_counts"), 1
         if own is None:
             own = self.counts(batch)
             if self._trainer is not None and self.trainer.accumulate_grad_batches > 1:
+                unseen = self.trainer.accumulate_grad_batches  # the step's other micro-batches, taken to be as large
                 rank_zero_warn(
                     "The training loader does not look ahead, so under accumulate_grad_batches="
                     f"{self.trainer.accumulate_grad_batches} each micro-batch is averaged by its own count. Use "
@@ -235,7 +268,7 @@ class FineTuningModule(L.LightningModule):
                 )
         elif not batch["step_start"] and self._step_counts:
             return self._step_counts
-        totals = torch.tensor(list(own.values()), device=self.device, dtype=torch.float32)
+        totals = torch.tensor(list(own.values()), device=self.device, dtype=torch.float32) * unseen
         if self._trainer is not None and self.trainer.world_size > 1:
             totals = self.trainer.strategy.reduce(totals, reduce_op="sum") * (self._replicas / self.trainer.world_size)
         self._step_counts = dict(zip(own, totals.unbind()))

@@ -34,6 +34,7 @@ class UnitModule(FineTuningModule):
         raise TypeError(f"{type(self).__name__} must override logits_and_labels.")
 
     def terms(self, batch: Batch, counts: dict[str, Tensor]) -> StepTerms:
+        batch = self.before_forward(batch)
         logits, labels, outputs = self.logits_and_labels(batch)
         chosen = (labels != IGNORED).nonzero().squeeze(1)
         nll, units = rows_of(logits[chosen], labels[chosen])
@@ -47,7 +48,8 @@ class UnitModule(FineTuningModule):
         for name, numerator in auxiliary.items():
             loss = loss + numerator / counts[name].clamp(min=1)
             sums[name], own[name] = numerator.detach(), own_counts[name]
-        return StepTerms(loss, sums, own, units, outputs=outputs)
+        given = None if weights is None else weights.detach()
+        return StepTerms(loss, sums, own, units, given, outputs=outputs)
 
 
 class SequenceClassifier(UnitModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,6 +49,23 @@ class MultiTokenLoss(Metric):
         return (self.losses() * self.decays).sum()
 
 
+def metric_of(module: Any, key: str, make: Callable[[], Metric]) -> Any:
+    """The module's metric `key`, made on first use and ready for `update`.
+
+    `Trainer.validate` resets metrics in inference mode, and what is made there cannot be added to by the validation of
+    a later `fit`: such states are replaced by copies.
+    """
+    if key not in module.metrics:
+        module.metrics[key] = make().to(module.device)
+    metric = module.metrics[key]
+    if not torch.is_inference_mode_enabled():
+        for name in metric._defaults:
+            state = getattr(metric, name)
+            if isinstance(state, Tensor) and state.is_inference():
+                setattr(metric, name, state.clone())
+    return metric
+
+
 def log_term(
     module: Any,
     name: str,
@@ -58,9 +76,7 @@ def log_term(
 ) -> None:
     """Adds `total` (a sum over `count` units) to the metric `name` of `module` and logs it at the epoch's end."""
     key = f"{name}_{dataloader_idx}" if dataloader_idx else name
-    if key not in module.metrics:
-        module.metrics[key] = kind().to(module.device)
-    metric: Any = module.metrics[key]
+    metric = metric_of(module, key, kind)
     if count:
         metric.update(total.float() / count, weight=torch.tensor(float(count), device=module.device))
     module.log(name, metric, metric_attribute=f"metrics.{key}", prog_bar=name.endswith("_loss"))
