@@ -59,26 +59,39 @@ def indented(text: str, lines: int = 12) -> str:
     return "\n".join("    " + line for line in text.strip().splitlines()[:lines])
 
 
-def main() -> None:
-    """Runs the demo."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default=str(HERE / "quickstart.yaml"), help="the concept-aware run")
-    parser.add_argument("--out", default="outputs/demo", help="folder for everything that is written")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[7], help="one pair of runs for each")
-    options = parser.parse_args()
-    began, folder = time.monotonic(), Path(options.out)
-    config = yaml.safe_load(Path(options.config).read_text())
+def main(
+    config: str = str(HERE / "quickstart.yaml"),
+    out: str = "outputs/demo",
+    seeds: tuple[int, ...] = (7,),
+    model: str | None = None,
+    max_steps: int | None = None,
+) -> None:
+    """Runs the demo.
 
-    before = run("validate", plain(config), "before", folder, options.seeds[0])
+    Args:
+        config: The concept-aware run.
+        out: Folder for everything that is written.
+        seeds: One pair of runs for each.
+        model: Another network than the config's.
+        max_steps: Fewer steps in each epoch than the config's.
+    """
+    began, folder = time.monotonic(), Path(out)
+    settings = yaml.safe_load(Path(config).read_text())
+    if model is not None:
+        settings["model"]["init_args"]["model"] = model
+    if max_steps is not None:
+        settings["trainer"] |= {"limit_train_batches": max_steps, "limit_val_batches": 1}
+
+    before = run("validate", plain(settings), "before", folder, seeds[0])
     start = float(before.trainer.callback_metrics["val_loss"])
     prompt, first = completion(before)
     print(f"held-out loss before: {start:.4f}", flush=True)
 
     rows, steps = [], []
-    for seed in options.seeds:
+    for seed in seeds:
         losses = []
-        for name, settings in (("plain", plain(config)), ("concept_aware", copy.deepcopy(config))):
-            cli = run("fit", settings, f"{name}_{seed}", folder, seed)
+        for name, asked in (("plain", plain(settings)), ("concept_aware", copy.deepcopy(settings))):
+            cli = run("fit", asked, f"{name}_{seed}", folder, seed)
             losses.append(float(cli.trainer.callback_metrics["val_loss"]))
             steps.append(cli.trainer.global_step)
         rows.append((seed, *losses))
@@ -100,4 +113,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default=str(HERE / "quickstart.yaml"), help="the concept-aware run")
+    parser.add_argument("--out", default="outputs/demo", help="folder for everything that is written")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[7], help="one pair of runs for each")
+    options = parser.parse_args()
+    main(options.config, options.out, tuple(options.seeds))

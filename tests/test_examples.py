@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tiny import tiny_bert, tiny_llama, tiny_tokenizer
+from tests.tiny import tiny_bert, tiny_llama, tiny_tokenizer, tiny_vit
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
@@ -33,6 +33,7 @@ def networks(tmp_path_factory) -> dict[str, str]:
         "AutoModelForCausalLM": tiny_llama(layers=3),
         "AutoModelForSequenceClassification": tiny_bert(),
         "AutoModel": tiny_bert(head="BertModel"),
+        "AutoModelForImageClassification": tiny_vit(image_size=224, patch_size=56, num_channels=3),
     }
     folders = {}
     for name, network in made.items():

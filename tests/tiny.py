@@ -109,6 +109,66 @@ def tiny_bert(
     return _built(getattr(transformers, head), transformers.BertConfig, {**settings, **kwargs})
 
 
+def tiny_vit(dropout: float = 0.0, layers: int = 2, hidden: int = HIDDEN, **kwargs: Any):
+    """A ViT with two layers that tells 3 classes of grey images of 8 x 8 pixels apart, in patches of 4 x 4."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    settings = {
+        "image_size": 8,
+        "patch_size": 4,
+        "num_channels": 1,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+        "num_labels": 3,
+    }
+    return _built(ViTForImageClassification, ViTConfig, {**settings, **kwargs})
+
+
+def tiny_t5(dropout: float = 0.0, layers: int = 2, hidden: int = HIDDEN, **kwargs: Any):
+    """A T5 with two layers on each side, its embeddings shared by encoder, decoder and head."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    settings = {
+        "vocab_size": VOCABULARY,
+        "d_model": hidden,
+        "d_kv": hidden // 4,
+        "d_ff": 2 * hidden,
+        "num_layers": layers,
+        "num_heads": 4,
+        "dropout_rate": dropout,
+        "pad_token_id": 0,
+        "eos_token_id": 4,
+        "decoder_start_token_id": 0,
+    }
+    return _built(T5ForConditionalGeneration, T5Config, {**settings, **kwargs})
+
+
+def tiny_mixtral(dropout: float = 0.0, layers: int = 2, hidden: int = HIDDEN, **kwargs: Any):
+    """A Mixtral with two layers of four experts, two of which read a token; their matrices are 3-D tensors."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    settings = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 256,
+        "attention_dropout": dropout,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 4,
+    }
+    return _built(MixtralForCausalLM, MixtralConfig, {**settings, **kwargs})
+
+
 def _built(network: Any, config: Any, settings: dict[str, Any]) -> torch.nn.Module:
     """The network from seed 0, the global generator left as it was, in training mode."""
     with torch.random.fork_rng(devices=[]):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tests import tiny
 
-NETWORKS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2, "bert": tiny.tiny_bert}
+NETWORKS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2, "bert": tiny.tiny_bert, "vit": tiny.tiny_vit}
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class BuiltInInit(L.LightningModule):
         fully_shard(self.model, mesh=mesh)
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if key in batch}
         return row_losses(self.model(**inputs).logits, batch["labels"]).mean()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:

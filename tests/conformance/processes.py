@@ -47,6 +47,9 @@ class Child:
 
     def __init__(self, environment: dict[str, str]) -> None:
         self.log = tempfile.NamedTemporaryFile("w+", suffix=".log")  # noqa: SIM115 (it lives as long as the child)
+        # The server may have started before these were set, for another test's processes.
+        shared = ("CONFORMANCE", "CONFORMANCE_TMP", "LIGHTNING_PEFT_CACHE")
+        environment = {name: os.environ[name] for name in shared if name in os.environ} | environment
         self.pipe, theirs = multiprocessing.Pipe()
         self.process = context().Process(target=_serve, args=(theirs, environment, self.log.name), daemon=True)
         self.process.start()

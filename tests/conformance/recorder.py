@@ -10,6 +10,8 @@ import lightning.pytorch as L
 import torch
 from torch import Tensor
 
+from lightning_peft.parts import leaves_of
+
 
 def whole(tensor: Tensor) -> Tensor:
     """A copy on the CPU, gathered from all ranks if it is sharded."""
@@ -66,6 +68,9 @@ class Recorder(L.Callback):
         if self.watch:
             held = {id(p) for one in trainer.optimizers for group in one.param_groups for p in group["params"]}
             self._owned = {name for name, p in pl_module.named_parameters() if id(p) in held and p.requires_grad}
+            for path, part in pl_module.named_modules():  # a part's leaf stands for its weight
+                pairs = {f"{path}.{leaf}": f"{path}.{weight}" for leaf, weight in leaves_of(part).items()}
+                self._owned |= {weight for leaf, weight in pairs.items() if leaf in self._owned}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

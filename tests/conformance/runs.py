@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_peft.registry import Component, Example, components
 from tests.conformance import foreign
-from tests.conformance.data import Rows, text_rows
+from tests.conformance.data import TEXTS, Rows, image_rows
 from tests.conformance.recorder import Recorder, weights_of
 from tests.tiny import tiny_tokenizer
 
@@ -69,7 +69,7 @@ class Run:
 
     @property
     def component(self) -> Component:
-        return next(c for _, c in components() if c.path == self.path)
+        return next(c for _, c in components() if c.path == self.path and c.example is not None)
 
     @property
     def example(self) -> Example:
@@ -171,20 +171,30 @@ def module_arguments(run: Run) -> dict[str, Any]:
 def data_arguments(run: Run) -> dict[str, Any]:
     example = run.example
     if run.component.kind == "datamodule":
-        given = {"batch_size": run.batch_size, "tokenizer": network_folder(run)}
-        if example.data == "text":
-            given |= {"data": text_rows(3 * ROWS), "validation": text_rows(6, 100), "test": text_rows(6, 200)}
+        given: dict[str, Any] = {"batch_size": run.batch_size}
+        if example.data == "images":
+            rows = {"data": image_rows(3 * ROWS), "validation": image_rows(6, 100), "test": image_rows(6, 200)}
+            return {**example.arguments, **given, **rows}
+        given["tokenizer"] = network_folder(run)
+        if example.data in TEXTS:
+            made = TEXTS[example.data]
+            given |= {"data": made(3 * ROWS), "validation": made(6, 100), "test": made(6, 200)}
         return {**example.arguments, **given}
     plain = run.host != "own" and not run.save and run.resume is None
-    kind = "tokens" if example.data == "text" else example.data
+    kind = "tokens" if example.data in TEXTS else example.data
     return {"kind": kind, "batch_size": run.batch_size, "plain": plain}
 
 
-def callback_arguments(run: Run) -> list[dict[str, Any]]:
-    """Arguments of each instance of a callback under test."""
-    if run.component.kind != "callback":
+def tested_callbacks(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    """Class path and arguments of each callback under test; a layer comes in by `callbacks.PEFT`."""
+    component, first = run.component, dict(run.example.arguments)
+    path = component.path
+    if component.kind == "layer":
+        path = "lightning_peft.callbacks.peft.PEFT"
+        first = {"config": {"peft_type": component.load()().peft_type.value, **first}}
+    elif component.kind != "callback":
         return []
-    return [dict(run.example.arguments)] + ([dict(run.example.second or {})] if run.twice else [])
+    return [(path, first)] + ([(path, dict(run.example.second or {}))] if run.twice else [])
 
 
 def trainer_arguments(run: Run) -> dict[str, Any]:
@@ -195,6 +205,7 @@ def trainer_arguments(run: Run) -> dict[str, Any]:
         "max_epochs": 2,
         "limit_val_batches": 1,
         "log_every_n_steps": 1,
+        "enable_checkpointing": run.save or run.path.endswith("Checkpoint"),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "default_root_dir": run.folder or os.environ["CONFORMANCE_TMP"],
@@ -239,12 +250,11 @@ def build(run: Run, **trainer: Any) -> Fitted:
     module = python_module(run)
     recorder = Recorder(run.kill_at, run.watch)
     callbacks: list[L.Callback] = [recorder]
-    callbacks += [run.component.load()(**arguments) for arguments in callback_arguments(run)]
-    if run.save or run.resume:
-        callbacks += [] if run.path.endswith(".RandomState") else [RandomState()]
-        saving = ModelCheckpoint(run.folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_last=True)
-        callbacks += [saving] if run.save else []
-    options = {"logger": False, "enable_checkpointing": run.save, **trainer_arguments(run), **strategy_of(run)}
+    callbacks += [load(path)(**arguments) for path, arguments in tested_callbacks(run)]
+    callbacks += [] if run.path.endswith(".RandomState") else [RandomState()]  # the command line always has one
+    if run.save:
+        callbacks.append(ModelCheckpoint(run.folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_last=True))
+    options = {"logger": False, **trainer_arguments(run), **strategy_of(run)}
     options |= trainer
     made = L.Trainer(callbacks=callbacks + options.pop("callbacks", []), **options)
     data = load(classes(run)["data"])
@@ -267,8 +277,8 @@ def config(run: Run) -> dict[str, Any]:
     recorder = {"class_path": f"{Recorder.__module__}.Recorder"}
     recorder["init_args"] = {"kill_at": run.kill_at, "watch": run.watch}  # type: ignore[assignment]
     callbacks = [recorder]
-    callbacks += [{"class_path": run.path, "init_args": given} for given in callback_arguments(run)]
-    trainer = trainer_arguments(run) | {"devices": 1, "enable_checkpointing": run.save}
+    callbacks += [{"class_path": path, "init_args": given} for path, given in tested_callbacks(run)]
+    trainer = trainer_arguments(run) | {"devices": 1}
     if run.save:
         saving = {"filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
         callbacks.append({"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving})

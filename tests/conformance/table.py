@@ -18,7 +18,7 @@ def full() -> bool:
     return os.environ.get("CONFORMANCE") == "full"
 
 
-def techniques(*columns: str, kinds: tuple[str, ...] = (*TESTED, "module")) -> Any:
+def techniques(*columns: str, kinds: tuple[str, ...] = (*TESTED, "module", "layer")) -> Any:
     """Parametrizes `technique` over the components with an example; exceptions are skipped with their reason."""
     parameters = []
     for _, component in components():

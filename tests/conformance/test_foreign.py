@@ -7,12 +7,23 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from tests.conformance import foreign
 from tests.conformance.compare import assert_same, moved
 from tests.conformance.data import Rows
-from tests.conformance.runs import STEPS, Run, fit, load, once, result, summary, trainer_arguments
+from tests.conformance.runs import (
+    STEPS,
+    Run,
+    fit,
+    load,
+    once,
+    result,
+    summary,
+    tested_callbacks,
+    trainer_arguments,
+)
 from tests.conformance.table import full, techniques, variants, why_not
 
 AUTOMATIC = [kind.__name__ for kind in foreign.KINDS if kind is not foreign.Manual]
@@ -40,7 +51,7 @@ def clean(host: str, network: str, data: str) -> dict[str, Any]:
 
 
 def check_left(technique, run: Run, module: nn.Module) -> None:
-    if why_not(technique, "teardown"):
+    if technique.kind == "layer" or why_not(technique, "teardown"):  # a layer stays, as the adapter of `callbacks.PEFT`
         return
     expected = clean(run.host, run.example.network, "tokens" if run.example.data == "text" else run.example.data)
     left = traces(module)
@@ -50,7 +61,7 @@ def check_left(technique, run: Run, module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("host", AUTOMATIC)
-@techniques("drop-in", kinds=("callback",))
+@techniques("drop-in", kinds=("callback", "layer"))
 def test_foreign(technique, host):
     run = Run(technique.path, host=host)
     fitted = fit(run)
@@ -60,7 +71,7 @@ def test_foreign(technique, host):
     check_left(technique, run, fitted.module)
 
 
-@techniques("drop-in", "manual", kinds=("callback",))
+@techniques("drop-in", "manual", kinds=("callback", "layer"))
 def test_manual(technique):
     run = Run(technique.path, host="Manual")
     fitted = fit(run)
@@ -74,19 +85,19 @@ def test_manual_is_refused_by_name(technique):
     """Where manual optimisation does not apply, the callback says so instead of doing nothing."""
     if not why_not(technique, "manual"):
         pytest.skip("it works under manual optimisation")
-    with pytest.raises((ValueError, L.fabric.utilities.exceptions.MisconfigurationException)) as refused:
+    with pytest.raises((ValueError, MisconfigurationException)) as refused:
         fit(Run(technique.path, host="Manual"))
     assert technique.name in str(refused.value)
     assert "manual" in str(refused.value)
 
 
-@techniques("drop-in", "ddp", kinds=("callback",))
+@techniques("drop-in", "ddp", kinds=("callback", "layer"))
 @variants("host", "FilterWithWarmup", "BuiltInInit", "BuiltInConfigureModel", "TwoGroups")
 def test_foreign_ddp(technique, host, pair):
     compare_on_two(technique, host, "ddp", 1e-6, pair)
 
 
-@techniques("drop-in", "fsdp2", kinds=("callback",))
+@techniques("drop-in", "fsdp2", kinds=("callback", "layer"))
 @variants("host", "BuiltInConfigureModel", "BuiltInInit", "FilterWithWarmup", "TwoGroups")
 def test_foreign_fsdp2(technique, host, pair):
     compare_on_two(technique, host, "fsdp2", 1e-5, pair)
@@ -99,15 +110,15 @@ def compare_on_two(technique, host: str, strategy: str, atol: float, pair) -> No
     assert_same(first.weights, once(run.but(strategy="one")).weights, atol, f"{strategy} against one process")
 
 
-@techniques("two", kinds=("callback",))
+@techniques("two", kinds=("callback", "layer"))
 def test_two_of_a_class(technique, tmp_path):
     """Two with other arguments live in one run, each with its own place in the checkpoint."""
     example = technique.example
     assert example.second is not None, "give the example a second callback's arguments, or the reason under 'two'"
-    keys = {technique.load()(**arguments).state_key for arguments in (example.arguments, example.second)}
+    run = Run(technique.path, twice=True, save=True, folder=str(tmp_path))
+    keys = {load(path)(**arguments).state_key for path, arguments in tested_callbacks(run)}
     assert len(keys) == 2, f"both have the state_key {keys.pop()!r}: make it from the arguments"
-    made = result(Run(technique.path, twice=True, save=True, folder=str(tmp_path)))
-    assert made.steps == STEPS
+    assert result(run).steps == STEPS
 
 
 @techniques("teardown", kinds=("callback",))
@@ -132,7 +143,7 @@ def _without_callback(run: Run) -> nn.Module:
 
 @pytest.mark.skipif(not full(), reason="the full product")
 @pytest.mark.parametrize("host", AUTOMATIC)
-@techniques("drop-in", "bf16-mixed", kinds=("callback",))
+@techniques("drop-in", "bf16-mixed", kinds=("callback", "layer"))
 def test_foreign_bf16_mixed(technique, host):
     made = result(Run(technique.path, host=host, precision="bf16-mixed", accumulate=3))
     assert moved(made.before, made.weights)

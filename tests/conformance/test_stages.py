@@ -11,16 +11,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.conformance.compare import assert_same, moved
 from tests.conformance.data import Rows
 from tests.conformance.recorder import weights_of
-from tests.conformance.runs import Fitted, Run, build, callback_arguments, fit, network_of, python_module
+from tests.conformance.runs import Fitted, Run, build, fit, load, network_of, python_module, tested_callbacks
 from tests.conformance.table import techniques
 from tests.tiny import tiny_tokenizer
 
 
 def reloaded(run: Run, fitted: Fitted, path: str) -> torch.nn.Module:
     """A fresh module with a checkpoint's weights, by what Lightning offers; adapters are attached first."""
-    attached = [
-        run.component.load()(**given) for given in callback_arguments(run) if hasattr(run.component.load(), "attach")
-    ]
+    attached = [load(path)(**given) for path, given in tested_callbacks(run) if hasattr(load(path), "attach")]
     if not attached:
         return type(fitted.module).load_from_checkpoint(path, model=network_of(run), tokenizer=tiny_tokenizer())
     module = python_module(run)
@@ -67,7 +65,7 @@ def test_fit_validate_test_fit(technique, tmp_path):
     assert all(value.isfinite().all() for value in further.values() if value.is_floating_point())
 
 
-@techniques("export", kinds=("mixin", "callback", "module"))
+@techniques("export", kinds=("mixin", "callback", "module", "layer"))
 def test_export(technique, tmp_path):
     """From the checkpoint and from the module: plain transformers or peft loads it, with the same outputs."""
     from lightning_peft.export import export
@@ -76,7 +74,7 @@ def test_export(technique, tmp_path):
     module = fit(run).module.eval()
     base = tmp_path / "base"
     network_of(run).save_pretrained(base)
-    inputs = plain_inputs()
+    inputs = plain_inputs(run)
     with torch.no_grad():
         expected = module.model(**inputs)[0]
     for name, source in {"module": module, "checkpoint": str(tmp_path / "run" / "last.ckpt")}.items():
@@ -88,10 +86,10 @@ def test_export(technique, tmp_path):
             torch.testing.assert_close(network(**inputs)[0], expected, rtol=0, atol=1e-6)
 
 
-def plain_inputs() -> dict[str, torch.Tensor]:
-    loader = Rows("tokens", batch_size=6).val_dataloader()
-    batch = next(iter(loader))
-    return {key: batch[key] for key in ("input_ids", "attention_mask")}
+def plain_inputs(run: Run) -> dict[str, torch.Tensor]:
+    kind = "images" if run.example.network == "vit" else "tokens"
+    batch = next(iter(Rows(kind, batch_size=6).val_dataloader()))
+    return {key: batch[key] for key in ("input_ids", "attention_mask", "pixel_values") if key in batch}
 
 
 def plain_network(run: Run, folder: Path) -> torch.nn.Module:

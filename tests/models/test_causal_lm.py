@@ -279,3 +279,13 @@ def test_bad_arguments_name_themselves(tmp_path):
     module = CausalLM(tiny_llama().requires_grad_(False))
     with pytest.raises(ValueError, match="nothing would train"):
         quiet_trainer(tmp_path, max_steps=1).fit(module, LookAheadDataLoader(rows(2), collate_fn=batch_of))
+
+
+def test_validate_and_then_fit_with_validation(tmp_path):
+    """`Trainer.validate` leaves metrics made in inference mode behind, which the validation in `fit` adds to."""
+    module, data = CausalLM(tiny_llama(), lr_scheduler="constant"), LookAheadDataLoader(rows(6), batch_size=3)
+    trainer = quiet_trainer(tmp_path, max_steps=2)
+    (before,) = trainer.validate(module, data, verbose=False)
+    trainer.fit(module, data, data)
+    (after,) = trainer.validate(module, data, verbose=False)
+    assert after["val_loss"] != before["val_loss"]
