@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -27,11 +28,13 @@ class DeltaCheckpoint(ModelCheckpoint):
     such a file into a module that is built anew.
 
     Args:
-        **kwargs: The arguments of ModelCheckpoint.
+        dirpath: Folder; by default that of ModelCheckpoint.
+        filename: As for ModelCheckpoint.
+        **kwargs: Its further arguments.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, dirpath: str | Path | None = None, filename: str | None = None, **kwargs: Any) -> None:
+        super().__init__(dirpath=dirpath, filename=filename, **kwargs)
         self._base: dict[str, str] = {}
         self._of: Any = None
 

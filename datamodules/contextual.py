@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_peft.datamodules.chat_template import IGNORED, Tokens, tokenize_text
 from lightning_peft.datamodules.rewriting import REWRITTEN, Rewriting, RewrittenData, Row, leading_tokens, mapped
+from lightning_peft.datamodules.sources import Source
 from lightning_peft.datamodules.tokenized import OVERLONG, tokenizer_fingerprint
 
 #: The learning strategies of the published generator, by its names, in words of our own.
@@ -190,7 +191,7 @@ class ContextualData(RewrittenData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
+        data: Source,
         prompts: list[str] | dict[str, list[str]] | None = None,
         sampling: str = "per_epoch",
         loss_on_prompt: bool = False,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_peft.datamodules.collate import collator
 from lightning_peft.datamodules.instruction_data import InstructionData
-from lightning_peft.datamodules.sources import read_rows
+from lightning_peft.datamodules.sources import Source, read_rows
 
 DOCUMENT, UNRELATED = "document_tokens", "unrelated_tokens"
 
@@ -68,8 +68,8 @@ class DocumentQuestionData(InstructionData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
-        unrelated: str | list[dict[str, Any]] | Any | None = None,
+        data: Source,
+        unrelated: Source | None = None,
         unrelated_per_batch: int = 1,
         document_length: int = 1024,
         separator: str = " ",

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_peft.datamodules.class_pair_sampler import ClassPairs, ClassPairSampler
 from lightning_peft.datamodules.look_ahead import LookAheadDataLoader
 from lightning_peft.datamodules.resumable_sampler import RepeatedIndex, ResumableSampler
-from lightning_peft.datamodules.sources import has_split, read_rows, split_off
+from lightning_peft.datamodules.sources import Source, has_split, read_rows, split_off
 
 IGNORED = -100
 
@@ -163,9 +163,9 @@ class ImageData(L.LightningDataModule):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any = "digits",
-        validation: float | str | list[dict[str, Any]] | Any | None = None,
-        test: float | str | list[dict[str, Any]] | Any | None = None,
+        data: Source = "digits",
+        validation: float | Source | None = None,
+        test: float | Source | None = None,
         train_split: str = "train",
         image_column: str = "image",
         label_column: str = "label",
@@ -177,7 +177,7 @@ class ImageData(L.LightningDataModule):
         flip: bool = False,
         imbalance: float | None = None,
         class_pairs: bool = False,
-        unlabelled: str | list[dict[str, Any]] | Any | None = None,
+        unlabelled: Source | None = None,
         pairs: int | None = None,
         batch_size: int = 32,
         eval_batch_size: int | None = None,

@@ -13,7 +13,7 @@ from lightning_peft.datamodules.collate import TokenRows, collator
 from lightning_peft.datamodules.look_ahead import LookAheadDataLoader
 from lightning_peft.datamodules.packing import best_fit_decreasing
 from lightning_peft.datamodules.resumable_sampler import ResumableSampler
-from lightning_peft.datamodules.sources import has_split, read_rows, split_off
+from lightning_peft.datamodules.sources import Source, has_split, read_rows, split_off
 from lightning_peft.datamodules.tokenized import OVERLONG, tokenized
 
 SPLITS = ("train", "validation", "test")
@@ -64,9 +64,9 @@ class InstructionData(L.LightningDataModule):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
-        validation: float | str | list[dict[str, Any]] | Any | None = None,
-        test: float | str | list[dict[str, Any]] | Any | None = None,
+        data: Source,
+        validation: float | Source | None = None,
+        test: float | Source | None = None,
         tokenizer: str | Any | None = None,
         dataset_config: str | None = None,
         train_split: str = "train",

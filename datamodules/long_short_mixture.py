@@ -26,6 +26,7 @@ from torchmetrics import Metric
 from lightning_peft.datamodules.answers import prompt_ids
 from lightning_peft.datamodules.model_answers import ModelAnswersData
 from lightning_peft.datamodules.rewriting import Rewriting, Row, exchanges, mapped, with_exchanges
+from lightning_peft.datamodules.sources import Source
 
 #: What the question begins with, for each version and for what is asked at inference.
 MODES = {
@@ -175,7 +176,7 @@ class LongShortMixtureData(ModelAnswersData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
+        data: Source,
         short_column: str = "short",
         ratio: float | None = None,
         mode_instruction: bool = True,

@@ -22,6 +22,7 @@ from torchmetrics import Metric
 
 from lightning_peft.datamodules.chat_template import IGNORED
 from lightning_peft.datamodules.rewriting import Rewriting, RewrittenData, Row, exchanges, with_exchanges
+from lightning_peft.datamodules.sources import Source
 
 MODES = ("real", "virtual")
 #: Words by which a refusal is known. Ours: the published list also counts "Hello!" and "As an" as refusals.
@@ -143,7 +144,7 @@ class LookAheadTuningData(RewrittenData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
+        data: Source,
         mode: str = "real",
         preview_tokens: int = 6,
         prefix: str = "Let's solve this problem. ",

@@ -17,6 +17,7 @@ from lightning_peft.datamodules.answers import (
     score_choices,
 )
 from lightning_peft.datamodules.instruction_data import InstructionData
+from lightning_peft.datamodules.sources import Source
 
 
 class ModelAnswersData(InstructionData):
@@ -45,7 +46,7 @@ class ModelAnswersData(InstructionData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
+        data: Source,
         generation: dict[str, Any] | None = None,
         generation_batch_size: int = 8,
         cache_dir: str | None = None,

@@ -21,6 +21,7 @@ from torchmetrics import Metric
 
 from lightning_peft.datamodules.chat_template import IGNORED
 from lightning_peft.datamodules.rewriting import Rewriting, RewrittenData, Row, exchanges, leading_tokens
+from lightning_peft.datamodules.sources import Source
 
 #: Words that border on a second thought; the paper names "wait" and prints no further list.
 REFLECTION = ("wait",)
@@ -74,9 +75,7 @@ class QuestionFreeData(RewrittenData):
         ValueError: As `QuestionFreeTransform`.
     """
 
-    def __init__(
-        self, data: str | list[dict[str, Any]] | dict[str, Any] | Any, add_eos: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, data: Source, add_eos: bool = False, **kwargs: Any) -> None:
         super().__init__(data=data, **kwargs)
         self.add_eos = add_eos
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lightning_peft.datamodules.sources import Source
 from lightning_peft.datamodules.token_pass import TokenPassData, TokenRow
 from lightning_peft.models.causal_lm import CausalLM
 from lightning_peft.models.output_head import head_of
@@ -29,9 +30,7 @@ class ReferenceData(TokenPassData):
 
     cache_name = "reference"
 
-    def __init__(
-        self, data: str | list[dict[str, Any]] | dict[str, Any] | Any, reference_top_k: int = 64, **kwargs: Any
-    ) -> None:
+    def __init__(self, data: Source, reference_top_k: int = 64, **kwargs: Any) -> None:
         super().__init__(data=data, **kwargs)
         if reference_top_k < 1:
             raise ValueError(f"reference_top_k={reference_top_k} must be at least 1.")

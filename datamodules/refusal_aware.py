@@ -32,6 +32,7 @@ from lightning_peft.datamodules.answers import choice_ids, generation_options, l
 from lightning_peft.datamodules.chat_template import as_messages, tokenize_parts
 from lightning_peft.datamodules.model_answers import ModelAnswersData
 from lightning_peft.datamodules.rewriting import Rewriting, Row, exchanges, mapped
+from lightning_peft.datamodules.sources import Source
 
 MODES = ("unsure", "unknown", "uncertain")
 LOSS_ON = ("answer", "all")
@@ -186,7 +187,7 @@ class RefusalAwareData(ModelAnswersData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
+        data: Source,
         mode: str = "unsure",
         loss_on: str = "answer",
         samples: int = 5,

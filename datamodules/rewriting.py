@@ -19,6 +19,7 @@ from lightning_peft.datamodules.chat_template import IGNORED, as_messages
 from lightning_peft.datamodules.collate import TokenRows
 from lightning_peft.datamodules.instruction_data import InstructionData
 from lightning_peft.datamodules.resumable_sampler import RepeatedIndex, ResumableSampler
+from lightning_peft.datamodules.sources import Source
 from lightning_peft.datamodules.tokenized import tokenize_row, tokenizer_fingerprint
 
 #: Columns that say what is learnt: a rewriting gives new ones in their place. All others are carried along.
@@ -190,7 +191,7 @@ class RewrittenData(InstructionData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
+        data: Source,
         sampling: str = "per_example",
         **kwargs: Any,
     ) -> None:

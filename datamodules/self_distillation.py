@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_peft.datamodules.answers import prompt_ids
 from lightning_peft.datamodules.chat_template import as_messages
 from lightning_peft.datamodules.model_answers import ModelAnswersData
+from lightning_peft.datamodules.sources import Source
 
 UNFINISHED = ("drop", "keep")
 
@@ -37,7 +38,7 @@ class SelfDistillationData(ModelAnswersData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
+        data: Source,
         generation: dict[str, Any] | None = None,
         unfinished: str = "drop",
         **kwargs: Any,

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from lightning_peft.datamodules.collate import collate
+from lightning_peft.datamodules.sources import Source
 from lightning_peft.datamodules.token_pass import TokenPassData, TokenRow
 from lightning_peft.models.causal_lm import IGNORED, CausalLM
 
@@ -126,7 +127,7 @@ class ShuffleDiscriminatedData(TokenPassData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
+        data: Source,
         shuffled_fraction: float = 0.01,
         shuffled_rows: int = 64,
         shuffled_epochs: int = 3,

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
+
+# Where a value may be anything, jsonargparse reads text such as "a: b" in a YAML as a mapping: text comes first.
+_Value = Union[str, Any]  # noqa: UP007 (evaluated on every supported Python)
+#: What `read_rows` takes.
+Source = Union[str, list[dict[str, _Value]], dict[str, _Value], Any]  # noqa: UP007
 
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".txt": "text"}
 _SPLITS = {"train", "validation", "test"}

@@ -30,6 +30,7 @@ from torchmetrics import Metric
 from lightning_peft.datamodules.answers import choice_ids, score_choices
 from lightning_peft.datamodules.chat_template import tokenize_parts
 from lightning_peft.datamodules.rewriting import Rewriting, RewrittenData, Row, mapped
+from lightning_peft.datamodules.sources import Source
 
 KINDS = ("integers", "letters", "words")
 LABELS = ("symbols", "relevant", "flipped")
@@ -362,7 +363,7 @@ class SymbolTuningData(RewrittenData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
+        data: Source,
         per_class: tuple[int, int] = (2, 10),
         sampling: str = "per_epoch",
         kinds: list[str] | None = None,

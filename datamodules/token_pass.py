@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_peft.datamodules.answers import cached_answers, evaluating, network_fingerprint
 from lightning_peft.datamodules.instruction_data import InstructionData
+from lightning_peft.datamodules.sources import Source
 
 #: A tokenised row: its ids and its labels, of one length.
 TokenRow = tuple[list[int], list[int]]
@@ -42,7 +43,7 @@ class TokenPassData(InstructionData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
+        data: Source,
         pass_batch_size: int = 8,
         cache_dir: str | None = None,
         shard_size: int = 64,

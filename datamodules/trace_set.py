@@ -11,6 +11,7 @@ from lightning_peft.datamodules.chat_template import IGNORED, as_messages
 from lightning_peft.datamodules.collate import TokenRows, collate, collator
 from lightning_peft.datamodules.instruction_data import InstructionData
 from lightning_peft.datamodules.resumable_sampler import RepeatedIndex
+from lightning_peft.datamodules.sources import Source
 
 
 class TraceSetCollator:
@@ -84,7 +85,7 @@ class TraceSetData(InstructionData):
 
     def __init__(
         self,
-        data: str | list[dict[str, Any]] | dict[str, Any] | Any,
+        data: Source,
         tag_text: str = "<think1>\n",
         question_column: str = "question_id",
         batch_size: int = 1,

@@ -40,6 +40,9 @@ class TextEncoder(UnitModule):
         if temperature <= 0:
             raise ValueError(f"temperature={temperature} must be above 0.")
         super().__init__(model=model, **kwargs)
+        pooler = getattr(self.model, "pooler", None)
+        if isinstance(pooler, nn.Module):  # BERT's reads the first token for a task of pre-training: nothing here does
+            pooler.requires_grad_(False)
         self.pooling, self.temperature = pooling, temperature
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:

@@ -185,7 +185,7 @@ def data_arguments(run: Run) -> dict[str, Any]:
     return {"kind": kind, "batch_size": run.batch_size, "plain": plain}
 
 
-def tested_callbacks(run: Run) -> list[tuple[str, dict[str, Any]]]:
+def callbacks_under_test(run: Run) -> list[tuple[str, dict[str, Any]]]:
     """Class path and arguments of each callback under test; a layer comes in by `callbacks.PEFT`."""
     component, first = run.component, dict(run.example.arguments)
     path = component.path
@@ -250,7 +250,7 @@ def build(run: Run, **trainer: Any) -> Fitted:
     module = python_module(run)
     recorder = Recorder(run.kill_at, run.watch)
     callbacks: list[L.Callback] = [recorder]
-    callbacks += [load(path)(**arguments) for path, arguments in tested_callbacks(run)]
+    callbacks += [load(path)(**arguments) for path, arguments in callbacks_under_test(run)]
     callbacks += [] if run.path.endswith(".RandomState") else [RandomState()]  # the command line always has one
     if run.save:
         callbacks.append(ModelCheckpoint(run.folder, "{step}", every_n_train_steps=1, save_top_k=-1, save_last=True))
@@ -277,7 +277,7 @@ def config(run: Run) -> dict[str, Any]:
     recorder = {"class_path": f"{Recorder.__module__}.Recorder"}
     recorder["init_args"] = {"kill_at": run.kill_at, "watch": run.watch}  # type: ignore[assignment]
     callbacks = [recorder]
-    callbacks += [{"class_path": path, "init_args": given} for path, given in tested_callbacks(run)]
+    callbacks += [{"class_path": path, "init_args": given} for path, given in callbacks_under_test(run)]
     trainer = trainer_arguments(run) | {"devices": 1}
     if run.save:
         saving = {"filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}

@@ -16,12 +16,12 @@ from tests.conformance.data import Rows
 from tests.conformance.runs import (
     STEPS,
     Run,
+    callbacks_under_test,
     fit,
     load,
     once,
     result,
     summary,
-    tested_callbacks,
     trainer_arguments,
 )
 from tests.conformance.table import full, techniques, variants, why_not
@@ -116,7 +116,7 @@ def test_two_of_a_class(technique, tmp_path):
     example = technique.example
     assert example.second is not None, "give the example a second callback's arguments, or the reason under 'two'"
     run = Run(technique.path, twice=True, save=True, folder=str(tmp_path))
-    keys = {load(path)(**arguments).state_key for path, arguments in tested_callbacks(run)}
+    keys = {load(path)(**arguments).state_key for path, arguments in callbacks_under_test(run)}
     assert len(keys) == 2, f"both have the state_key {keys.pop()!r}: make it from the arguments"
     assert result(run).steps == STEPS
 

@@ -11,14 +11,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tests.conformance.compare import assert_same, moved
 from tests.conformance.data import Rows
 from tests.conformance.recorder import weights_of
-from tests.conformance.runs import Fitted, Run, build, fit, load, network_of, python_module, tested_callbacks
+from tests.conformance.runs import Fitted, Run, build, callbacks_under_test, fit, load, network_of, python_module
 from tests.conformance.table import techniques
 from tests.tiny import tiny_tokenizer
 
 
 def reloaded(run: Run, fitted: Fitted, path: str) -> torch.nn.Module:
     """A fresh module with a checkpoint's weights, by what Lightning offers; adapters are attached first."""
-    attached = [load(path)(**given) for path, given in tested_callbacks(run) if hasattr(load(path), "attach")]
+    attached = [load(path)(**given) for path, given in callbacks_under_test(run) if hasattr(load(path), "attach")]
     if not attached:
         return type(fitted.module).load_from_checkpoint(path, model=network_of(run), tokenizer=tiny_tokenizer())
     module = python_module(run)
