@@ -30,7 +30,7 @@ SHORT = [
 def networks(tmp_path_factory) -> dict[str, str]:
     """A folder with a tiny network and its tokenizer, by the class of transformers that reads it."""
     made = {
-        "AutoModelForCausalLM": tiny_llama(layers=3),
+        "AutoModelForCausalLM": tiny_llama(layers=3, hidden=64),  # 4-bit blocks hold 64
         "AutoModelForSequenceClassification": tiny_bert(),
         "AutoModel": tiny_bert(head="BertModel"),
         "AutoModelForImageClassification": tiny_vit(image_size=224, patch_size=56, num_channels=3),
