@@ -71,8 +71,8 @@ def test_half_fine_tuning_moves_half():
     blocks = [name for name in start if ".layers." in name]
     # 30 blocks of 4 attention, 3 feed-forward and 2 norm weights: 60 + 45 + 30.
     assert len(blocks) == 270
-    assert len(moved) == 135
-    assert all(".layers." in name for name in moved)
+    assert len([name for name in moved if ".layers." in name]) == 135
+    assert [name for name in moved if ".layers." not in name] == ["model.norm.weight"]  # of no block: it trains as ever
     assert after < before
 
 
