@@ -94,6 +94,15 @@ class AuxiliaryHeadSchedule(L.Callback):
         pl_module.schedule_start = start
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._switch(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Resumed from a checkpoint of an epoch's last batch, Lightning begins the next epoch without its start hook.
+        self._switch(trainer, pl_module)
+
+    def _switch(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.stage == "model" or trainer.current_epoch < self.heads_epochs:
             return
         self.stage, self.start = "model", trainer.global_step
