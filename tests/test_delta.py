@@ -18,6 +18,7 @@ from lightning_peft.callbacks.random_state import RandomState
 from lightning_peft.datamodules.look_ahead import LookAheadDataLoader
 from lightning_peft.delta import digest, load_delta
 from tests.adapted import LORA, QUIET, BuiltLater, Classifier, Foreign, Rows, fit, loader, logits
+from tests.processes import call_in_child
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
@@ -155,16 +156,12 @@ def _killed_run(path: str, step: int) -> None:
 
 @pytest.mark.parametrize("step", [2, 6])
 def test_kill_minus_nine_and_resume(tmp_path, step):
-    import torch.multiprocessing as mp
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     L.seed_everything(5)
     whole = resumable(tmp_path, 7, None, RESUMED[0], every(tmp_path / "whole"))
-    process = mp.get_context("forkserver").Process(target=_killed_run, args=(str(tmp_path / "killed"), step))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    code, _ = call_in_child(_killed_run, str(tmp_path / "killed"), step)
+    assert code == -signal.SIGKILL
     newest = max((tmp_path / "killed").glob("*.ckpt"), key=lambda p: int(p.stem.partition("=")[2]))
     assert int(newest.stem.partition("=")[2]) < step + 1
     L.seed_everything(99)

@@ -14,7 +14,7 @@ from lightning_peft.loss_terms import LossTerm, add_loss_terms, remove_loss_term
 from lightning_peft.models import SequenceClassifier
 from lightning_peft.objectives import Objective
 from tests.adapted import QUIET, Classifier, Foreign, Rows, fit, loader
-from tests.distributed import run_on_two
+from tests.processes import run_on_two
 from tests.tiny import tiny_bert
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -19,7 +18,7 @@ from lightning_peft.callbacks.random_state import RandomState
 from lightning_peft.datamodules.look_ahead import LookAheadDataLoader
 from lightning_peft.datamodules.resumable_sampler import ResumableSampler
 from lightning_peft.merging import model_stock
-from tests.distributed import run_on_two
+from tests.processes import call_in_child, run_on_two
 
 ROWS, BATCH = 24, 4  # six steps an epoch
 
@@ -343,14 +342,10 @@ def _saved_run(folder: str, kill_at: int | None, resume: str | None, stock: dict
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_killed_and_resumed_is_bit_equal(tmp_path, stock, steps, optimizer):
     whole = _saved_run(str(tmp_path / "whole"), None, None, stock, optimizer)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.callbacks.test_model_stock"])
     for step in steps:
         folder = tmp_path / str(step)
-        child = context.Process(target=_saved_run, args=(str(folder), step, None, stock, optimizer))
-        child.start()
-        child.join(60)
-        assert child.exitcode == -signal.SIGKILL
+        code, _ = call_in_child(_saved_run, str(folder), step, None, stock, optimizer)
+        assert code == -signal.SIGKILL
         resumed = _saved_run(str(folder), None, str(folder / f"step={step}.ckpt"), stock, optimizer)
         assert_equal(resumed, whole)
 

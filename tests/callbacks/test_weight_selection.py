@@ -17,7 +17,7 @@ from lightning_peft.callbacks.weight_selection import WeightSelection
 from lightning_peft.parts import Part, leaves_of
 from tests.conformance.data import Rows
 from tests.conformance.foreign import BuiltInConfigureModel, BuiltInInit, Manual, TwoGroups
-from tests.distributed import run_on_two
+from tests.processes import run_on_two
 from tests.tiny import tiny_llama
 
 Q, K, V = (f"model.model.layers.0.self_attn.{p}_proj.weight" for p in "qkv")

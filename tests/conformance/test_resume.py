@@ -8,9 +8,9 @@ import zlib
 import pytest
 
 from tests.conformance.compare import assert_same
-from tests.conformance.processes import call_in_child
 from tests.conformance.runs import STEPS, Run, once, result, result_by_yaml
 from tests.conformance.table import full, techniques, variants, why_not
+from tests.processes import call_in_child
 
 #: Two epochs of three steps: in mid-epoch; at the border, where a technique chooses anew; one before and one after it.
 KILLS = (1, 2, 3, 4, 5)

@@ -1,6 +1,5 @@
 """The loader under real Trainers: its windows are Lightning's optimizer steps, and killed runs go on exactly."""
 
-import multiprocessing
 import os
 import signal
 
@@ -11,6 +10,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelChec
 from torch.utils.data import IterableDataset, RandomSampler
 
 from lightning_peft.datamodules.look_ahead import LookAheadDataLoader
+from tests.processes import call_in_child
 
 
 def collate(rows):
@@ -107,7 +107,7 @@ def test_windows_are_lightnings_steps(settings, steps, streaming, tmp_path):
     check(module)
 
 
-def _fit(folder, queue, kill_before, ckpt_path, streaming, workers, early):
+def _fit(folder, kill_before, ckpt_path, streaming, workers, early):
     torch.manual_seed(0)
     module = Module(kill_before, early)
     dataset = Stream(23) if streaming else range(23)
@@ -117,18 +117,7 @@ def _fit(folder, queue, kill_before, ckpt_path, streaming, workers, early):
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=0, save_last=True)
     trainer(folder, [saving], max_epochs=3, accumulate_grad_batches=2).fit(module, loader, ckpt_path=ckpt_path)
     check(module)
-    queue.put(
-        ([[ids for ids, *_ in step] for step in module.diary], module.layer.weight.item(), module.layer.bias.item())
-    )
-
-
-def child(*args):
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    process = context.Process(target=_fit, args=(args[0], queue, *args[1:]))
-    process.start()
-    process.join()
-    return process.exitcode, None if queue.empty() else queue.get()
+    return [[ids for ids, *_ in step] for step in module.diary], module.layer.weight.item(), module.layer.bias.item()
 
 
 @pytest.mark.parametrize(
@@ -146,14 +135,14 @@ def child(*args):
 )
 def test_killed_and_resumed_is_bit_equal(kill_before, streaming, workers, early, tmp_path):
     """23 rows in 12 batches, 6 steps an epoch: kills in mid-epoch, at a border, and one step after it."""
-    code, (steps, *weights) = child(tmp_path / "whole", None, None, streaming, workers, early)
-    assert code == 0
-    code, none = child(tmp_path / "killed", kill_before, None, streaming, workers, early)
+    code, (steps, *weights) = call_in_child(_fit, tmp_path / "whole", None, None, streaming, workers, early)
+    assert code is None
+    code, none = call_in_child(_fit, tmp_path / "killed", kill_before, None, streaming, workers, early)
     assert (code, none) == (-signal.SIGKILL, None)
-    code, (rest, *resumed) = child(
-        tmp_path / "killed", None, tmp_path / "killed" / "last.ckpt", streaming, workers, early
+    code, (rest, *resumed) = call_in_child(
+        _fit, tmp_path / "killed", None, tmp_path / "killed" / "last.ckpt", streaming, workers, early
     )
-    assert code == 0
+    assert code is None
     assert rest == steps[kill_before:]
     assert resumed == weights
 

@@ -1,6 +1,5 @@
 """Rewritings: decided by row, seed and epoch alone, in any order, worker and run; and only where they belong."""
 
-import multiprocessing
 import os
 import pickle
 import signal
@@ -26,6 +25,7 @@ from lightning_peft.datamodules.rewriting import (
 from lightning_peft.datamodules.tokenized import tokenize_row
 from lightning_peft.models import CausalLM
 from tests.datamodules.subwords import subword_tokenizer
+from tests.processes import call_in_child
 from tests.tiny import tiny_gpt2, tiny_tokenizer
 
 WORDS = list("abcdefghijkl")
@@ -245,7 +245,7 @@ class Killed(L.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _child(folder, queue, kill_at, ckpt_path):
+def _child(folder, kill_at, ckpt_path):
     torch.manual_seed(3)
     network = tiny_gpt2(dropout=0.3)
     module = CausalLM(network, tokenizer=tiny_tokenizer(), optimizer="sgd", learning_rate=0.5)
@@ -260,25 +260,15 @@ def _child(folder, queue, kill_at, ckpt_path):
         callbacks=[RandomState(), saving, *([] if kill_at is None else [Killed(kill_at)])],
     )
     trainer.fit(module, made(sampling="per_epoch"), ckpt_path=ckpt_path)
-    queue.put([parameter.detach().numpy() for parameter in network.parameters()])
-
-
-def child(*args):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=_child, args=(args[0], queue, *args[1:]))
-    process.start()
-    weights = queue.get(timeout=120) if args[1] is None else None
-    process.join()
-    return process.exitcode, weights
+    return [parameter.detach().numpy() for parameter in network.parameters()]
 
 
 def test_killed_and_resumed_draws_the_same_rows(tmp_path):
     """In the second epoch, of three batches."""
-    code, whole = child(tmp_path / "whole", None, None)
-    assert code == 0
-    code, _ = child(tmp_path / "killed", 4, None)
+    code, whole = call_in_child(_child, tmp_path / "whole", None, None)
+    assert code is None
+    code, _ = call_in_child(_child, tmp_path / "killed", 4, None)
     assert code == -signal.SIGKILL
-    code, resumed = child(tmp_path / "killed", None, tmp_path / "killed" / "last.ckpt")
-    assert code == 0
+    code, resumed = call_in_child(_child, tmp_path / "killed", None, tmp_path / "killed" / "last.ckpt")
+    assert code is None
     assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))

@@ -10,7 +10,7 @@ from lightning_peft.datamodules.instruction_data import InstructionData
 from lightning_peft.datamodules.look_ahead import LookAheadDataLoader
 from lightning_peft.datamodules.self_distillation import SelfDistillationData
 from tests.datamodules.test_look_ahead_trainer import Module, check, collate
-from tests.distributed import run_on_two
+from tests.processes import run_on_two
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROWS = [{"prompt": f"{word} ", "completion": "yes " * n} for n, word in enumerate("abcdefghi", 1)]

@@ -1,6 +1,5 @@
 """InstructionData under CausalLM: packing, accumulation and kills change nothing that they should not."""
 
-import multiprocessing
 import os
 import signal
 
@@ -12,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_peft.callbacks import RandomState
 from lightning_peft.datamodules.instruction_data import InstructionData
 from lightning_peft.models import CausalLM
+from tests.processes import call_in_child
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 ROWS = [
@@ -64,30 +64,20 @@ def test_a_step_on_packed_rows_is_the_step_on_the_same_rows_apart(rows, build, a
         torch.testing.assert_close(a, c, atol=1e-6, rtol=0)
 
 
-def _child(folder, queue, kill_at, ckpt_path, workers):
+def _child(folder, kill_at, ckpt_path, workers):
     saving = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=0, save_last=True)
     data = InstructionData(UNWEIGHTED, batch_size=1, packing=True, max_length=20, num_workers=workers)
     callbacks = [RandomState(), saving, *([] if kill_at is None else [Killed(kill_at)])]
     weights = fit(folder, tiny_gpt2(dropout=0.3), data, callbacks, ckpt_path, max_epochs=2, accumulate_grad_batches=2)
-    queue.put([weight.numpy() for weight in weights])
-
-
-def child(*args):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=_child, args=(args[0], queue, *args[1:]))
-    process.start()
-    made = queue.get(timeout=120) if args[1] is None else None
-    process.join()
-    return process.exitcode, made
+    return [weight.numpy() for weight in weights]
 
 
 @pytest.mark.parametrize(("kill_at", "workers"), [(1, 0), (3, 0), (4, 2), (5, 0)])
 def test_killed_in_packed_data_and_resumed_is_bit_equal(kill_at, workers, tmp_path):
-    code, whole = child(tmp_path / "whole", None, None, workers)
-    assert code == 0
-    code, _ = child(tmp_path / "killed", kill_at, None, workers)
+    code, whole = call_in_child(_child, tmp_path / "whole", None, None, workers)
+    assert code is None
+    code, _ = call_in_child(_child, tmp_path / "killed", kill_at, None, workers)
     assert code == -signal.SIGKILL
-    code, resumed = child(tmp_path / "killed", None, tmp_path / "killed" / "last.ckpt", workers)
-    assert code == 0
+    code, resumed = call_in_child(_child, tmp_path / "killed", None, tmp_path / "killed" / "last.ckpt", workers)
+    assert code is None
     assert all((a == b).all() for a, b in zip(whole, resumed, strict=True))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_peft.merging import METHODS, SafetensorsFolder, merge, model_stock
 from tests.merging.folders import save_models, tuned
+from tests.processes import call_in_child
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -235,12 +235,8 @@ def test_killed_in_mid_write(models, tmp_path, there, moment, nth):
         old = tensors(out)
     elif (moment, nth) == ("rename", 2):
         pytest.skip("a new folder takes its place by one rename")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.merging.test_folders"])
-    process = context.Process(target=_killed, args=(base, thetas, str(out), moment, nth))
-    process.start()
-    process.join(120)
-    assert process.exitcode == -signal.SIGKILL
+    code, _ = call_in_child(_killed, base, thetas, str(out), moment, nth, timeout=120)
+    assert code == -signal.SIGKILL
     if (moment, nth) == ("rename", 2):
         assert (
             not out.exists()

@@ -15,9 +15,9 @@ from lightning_peft.models.causal_lm import CausalLM
 from lightning_peft.registry import Component
 from tests.conformance.compare import assert_same
 from tests.conformance.data import make_row
-from tests.distributed import run_on_two
 from tests.models.test_causal_lm import counts_of, quiet_trainer
 from tests.objectives.test_composition import MIXINS, build, module_class
+from tests.processes import run_on_two
 
 WRONG = "wrong_"
 

@@ -12,9 +12,9 @@ from lightning_peft.datamodules import InstructionData
 from lightning_peft.objectives import ConceptAwareFineTuning, ReasoningHighlighted, ReasoningHighlightedCausalLM
 from lightning_peft.objectives.reasoning_highlighted import reasoning_weights
 from tests.conformance.data import make_row
-from tests.distributed import run_on_two
 from tests.models.test_causal_lm import batch_of, counts_of, gradients, quiet_trainer
 from tests.objectives.test_fault_aware import nll_of, peaked
+from tests.processes import run_on_two
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 

@@ -8,6 +8,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import scipy.optimize  # noqa: F401
+import sklearn.datasets  # noqa: F401
 import torch
 
 torch.set_num_threads(1)  # bit-equality needs the same number everywhere
