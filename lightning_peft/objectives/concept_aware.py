@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_peft.models.causal_lm import CausalLM
@@ -91,6 +92,7 @@ class ConceptAwareFineTuning(Objective):
         self.head_decay, self.heads_coefficient, self.heads_schedule = head_decay, heads_coefficient, heads_schedule
         self.finetune_heads, self.freeze_unembedding = finetune_heads, freeze_unembedding
         self.reproduce_repository = reproduce_repository
+        self._said_without = False
 
     #: What the published code feeds the heads in this phase.
     joint_input = "final"
@@ -130,7 +132,15 @@ class ConceptAwareFineTuning(Objective):
         return {self.term_name(k): head_labels(batch["labels"], k, documents) for k in heads}
 
     def counts(self, module: FineTuningModule, batch: Batch) -> dict[str, int]:
-        return {name: int((labels != -100).sum()) for name, labels in self._labels(batch).items()}
+        counts = {name: int((labels != -100).sum()) for name, labels in self._labels(batch).items()}
+        without = [name for name, count in counts.items() if not count]
+        if without and not self._said_without:
+            self._said_without = True
+            rank_zero_warn(
+                f"{', '.join(without)}: no label in a batch, so these heads learn nothing from it (said once). Answers "
+                "shorter than predicted_tokens do that; a smaller predicted_tokens may suit the data."
+            )
+        return counts
 
     def gamma(self, module: FineTuningModule) -> float:
         """The schedule's value at this optimizer step."""
