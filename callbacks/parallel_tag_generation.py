@@ -9,6 +9,8 @@ from typing import Any
 import lightning.pytorch as L
 import torch
 
+from lightning_peft.callbacks.generated_answers import GeneratedAnswers
+from lightning_peft.models.generation import continuations
 from lightning_peft.objectives.set_supervised import tag_names
 from lightning_peft.when_built import is_sharded
 
@@ -49,22 +51,18 @@ def generate_under_tags(
         batch_size: Prompts at once.
     """
     tokenizer = module.tokenizer
-    options = {"pad_token_id": tokenizer.pad_token_id, "synced_gpus": is_sharded(module), **generation}
+    options = {"synced_gpus": is_sharded(module), **generation}
     texts: list[str] = []
     for begin in range(0, len(prompts), batch_size):
         part = slice(begin, begin + batch_size)
         ids = [tokenizer(a + b)["input_ids"] for a, b in zip(prompts[part], beginnings[part])]
         if tokenizer.eos_token_id is not None:
             ids = [one[:-1] if len(one) > 1 and one[-1] == tokenizer.eos_token_id else one for one in ids]
-        side, tokenizer.padding_side = tokenizer.padding_side, "left"
-        given = tokenizer.pad([{"input_ids": one} for one in ids], return_tensors="pt").to(module.device)
-        tokenizer.padding_side = side
-        made = module.model.generate(input_ids=given["input_ids"], attention_mask=given["attention_mask"], **options)
-        texts += tokenizer.batch_decode(made[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts += continuations(module, ids, options)
     return texts
 
 
-class ParallelTagGeneration(L.Callback):
+class ParallelTagGeneration(GeneratedAnswers):
     """Pass@1 and Cons@k on questions with known answers, after each validation and test.
 
     The k answers to a question are spread evenly over the tags. Cons@k counts the questions whose most frequent answer
@@ -99,20 +97,18 @@ class ParallelTagGeneration(L.Callback):
         batch_size: int = 8,
         seed: int = 0,
     ) -> None:
+        super().__init__(questions, batch_size)
         self.tags = tag_names(tags)
         self.samples = len(self.tags) if samples is None else samples
-        if not questions or any("prompt" not in row or "answer" not in row for row in questions):
-            raise ValueError("questions must be rows with 'prompt' and 'answer', at least one.")
         if self.samples < 1 or self.samples % len(self.tags):
             raise ValueError(f"samples={samples} must be a multiple of the {len(self.tags)} tags, to spread evenly.")
         if not 1 <= pass_tag <= len(self.tags):
             raise ValueError(f"pass_tag={pass_tag} must be in [1, {len(self.tags)}].")
         if "{tag}" not in tag_text:
             raise ValueError(f"tag_text={tag_text!r} must have {{tag}} in it.")
-        # A YAML's "35" may arrive as a number.
-        self.questions = [{**row, "answer": str(row["answer"]).strip()} for row in questions]
         self.tag_text, self.pass_tag = tag_text, pass_tag
-        self.pattern, self.batch_size, self.seed = answer_pattern, batch_size, seed
+        self.pattern, self.seed = answer_pattern, seed
+        self.score_names = ("pass@1", f"cons@{self.samples}")
         self.generation = {"do_sample": True, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 2048}
         self.generation |= generation or {}
 
@@ -121,9 +117,8 @@ class ParallelTagGeneration(L.Callback):
         return self._generate_state_key(tags=self.tags, samples=self.samples, pass_tag=self.pass_tag)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        tokenizer: Any = getattr(pl_module, "tokenizer", None)
-        if tokenizer is None:
-            raise ValueError("ParallelTagGeneration writes text: it needs a module with a tokenizer, such as CausalLM.")
+        super().setup(trainer, pl_module, stage)
+        tokenizer: Any = pl_module.tokenizer
         missing = [tag for tag in self.tags if tag not in tokenizer.get_vocab()]
         if missing:
             raise ValueError(
@@ -131,32 +126,8 @@ class ParallelTagGeneration(L.Callback):
                 "SetSupervisedMixin, or name tags that it has."
             )
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._log(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log(trainer, pl_module, "test")
-
-    def _log(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        right = self.scores(pl_module, trainer.global_rank, trainer.world_size)
-        if trainer.world_size > 1:
-            right = trainer.strategy.reduce(right.to(pl_module.device), reduce_op="sum").cpu()
-        pass_1, cons_k = (right[:2] / right[2]).tolist()
-        pl_module.log(f"{stage}_pass@1", pass_1, rank_zero_only=False, sync_dist=False)
-        pl_module.log(f"{stage}_cons@{self.samples}", cons_k, rank_zero_only=False, sync_dist=False)
-
     def scores(self, module: Any, rank: int = 0, ranks: int = 1) -> torch.Tensor:
-        """Sums over this rank's questions of their Pass@1 and Cons@k, and how many they are; [3] in float64.
-
-        Args:
-            module: The module; in evaluation mode.
-            rank: This process.
-            ranks: Processes that share the questions.
-        """
-        # Ranks generate equally often, for under FSDP2 every forward is collective; what is over is not scored.
-        count = -(-len(self.questions) // ranks)
-        numbers = [rank + place * ranks for place in range(count)]
+        numbers = self.numbers(rank, ranks)
         rows = [self.questions[number % len(self.questions)] for number in numbers]
         prompts = [self._rendered(module.tokenizer, row["prompt"]) for row in rows]
         tags = self.tags * (self.samples // len(self.tags))
@@ -171,8 +142,8 @@ class ParallelTagGeneration(L.Callback):
             if number < len(self.questions):
                 own = texts[place * len(tags) : (place + 1) * len(tags)]
                 answers = [extracted_answer(text, self.pattern) for text in own]
-                single = [answer == row["answer"] for answer, tag in zip(answers, tags) if tag == pass_tag]
-                total += torch.tensor([sum(single) / len(single), consensus(answers) == row["answer"], 1])
+                single = [answer == row["answer"].strip() for answer, tag in zip(answers, tags) if tag == pass_tag]
+                total += torch.tensor([sum(single) / len(single), consensus(answers) == row["answer"].strip(), 1])
         return total
 
     def _rendered(self, tokenizer: Any, prompt: Any) -> str:

@@ -7,9 +7,9 @@ import string
 from collections import Counter
 from typing import Any
 
-import lightning.pytorch as L
 import torch
 
+from lightning_peft.callbacks.generated_answers import GeneratedAnswers
 from lightning_peft.callbacks.parallel_tag_generation import generate_under_tags
 
 
@@ -44,7 +44,7 @@ def word_f1(answer: str, truth: str) -> float:
     return 2 * common / (len(own) + len(true)) if common else 0.0
 
 
-class QuestionAnswering(L.Callback):
+class QuestionAnswering(GeneratedAnswers):
     """Asks questions after each validation and test; logs `val_f1` and `val_exact_match` (`test_...`).
 
     Args:
@@ -65,46 +65,18 @@ class QuestionAnswering(L.Callback):
         generation: dict[str, Any] | None = None,
         batch_size: int = 8,
     ) -> None:
-        if not questions or any("prompt" not in row or "answer" not in row for row in questions):
-            raise ValueError("questions must be rows with 'prompt' and 'answer', at least one.")
-        # A YAML's "35" may arrive as a number.
-        self.questions = [{**row, "answer": str(row["answer"])} for row in questions]
-        self.prefix_match, self.batch_size = prefix_match, batch_size
+        super().__init__(questions, batch_size)
+        self.prefix_match = prefix_match
         self.generation = {"do_sample": False, "num_beams": 12, "max_new_tokens": 16, **(generation or {})}
+
+    score_names = ("exact_match", "f1")
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(questions=len(self.questions), prefix_match=self.prefix_match)
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if getattr(pl_module, "tokenizer", None) is None:
-            raise ValueError("QuestionAnswering writes text: it needs a module with a tokenizer, such as CausalLM.")
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._log(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log(trainer, pl_module, "test")
-
-    def _log(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        total = self.scores(pl_module, trainer.global_rank, trainer.world_size)
-        if trainer.world_size > 1:
-            total = trainer.strategy.reduce(total.to(pl_module.device), reduce_op="sum").cpu()
-        match, f1 = (total[:2] / total[2]).tolist()
-        pl_module.log(f"{stage}_exact_match", match)
-        pl_module.log(f"{stage}_f1", f1)
-
     def scores(self, module: Any, rank: int = 0, ranks: int = 1) -> torch.Tensor:
-        """Sums over this rank's questions of exact match and F1, and how many they are; [3] in float64.
-
-        Args:
-            module: The module; in evaluation mode.
-            rank: This process.
-            ranks: Processes that share the questions.
-        """
-        count = -(-len(self.questions) // ranks)  # as many on every rank: under FSDP2 every forward is collective
-        numbers = [rank + place * ranks for place in range(count)]
+        numbers = self.numbers(rank, ranks)
         prompts = [self.questions[number % len(self.questions)]["prompt"] for number in numbers]
         answers = generate_under_tags(module, prompts, [""] * len(prompts), self.generation, self.batch_size)
         total = torch.zeros(3, dtype=torch.float64)

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.models.generation import left_padded
+from lightning_peft.network_modes import adapters_disabled, evaluation_mode
+
 
 def network_fingerprint(network: nn.Module) -> str:
     """A hash of every parameter's and buffer's name, shape and (a sample of) values, and of the config.
@@ -161,20 +164,6 @@ def generation_options(network: Any, tokenizer: Any, generation: dict[str, Any])
     return ends, {"pad_token_id": pad, "eos_token_id": sorted(ends) or None, **generation}
 
 
-def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, both [batch, time], padded on the left.
-
-    Args:
-        rows: Token ids.
-        pad: The id to fill up with.
-        device: Where they are wanted.
-    """
-    time = max(map(len, rows))
-    ids = torch.tensor([[pad] * (time - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (time - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
-
-
 def cached_answers(
     folder: Path,
     prompts: list[list[int]],
@@ -234,19 +223,12 @@ def _renamed_into(path: Path, write: Callable[[Path], Any]) -> None:
 @contextmanager
 def evaluating(network: Any, device: torch.device) -> Iterator[None]:
     """The network in evaluation mode on `device`, without its adapters where it has any; afterwards all as before."""
-    training = {module: module.training for module in network.modules()}
     before = next(network.parameters()).device
-    network.eval()
     if before != device:
         network.to(device)
     try:
-        if hasattr(network, "disable_adapter"):
-            with network.disable_adapter():
-                yield
-        else:
+        with evaluation_mode(network), adapters_disabled(network):
             yield
     finally:
         if before != device:
             network.to(before)
-        for module, mode in training.items():
-            module.training = mode

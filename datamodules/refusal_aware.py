@@ -28,11 +28,12 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.classification import BinaryAveragePrecision
 
-from lightning_peft.datamodules.answers import choice_ids, generation_options, left_padded, prompt_ids, score_choices
+from lightning_peft.datamodules.answers import choice_ids, generation_options, prompt_ids, score_choices
 from lightning_peft.datamodules.chat_template import as_messages, tokenize_parts
 from lightning_peft.datamodules.model_answers import ModelAnswersData
 from lightning_peft.datamodules.rewriting import Rewriting, Row, exchanges, mapped
 from lightning_peft.datamodules.sources import Source
+from lightning_peft.models.generation import left_padded
 
 MODES = ("unsure", "unknown", "uncertain")
 LOSS_ON = ("answer", "all")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.kernels import Rows, weighted_linear_cross_entropy
 from lightning_peft.models.fine_tuning_module import FineTuningModule, StepTerms
+from lightning_peft.models.generation import continuations
 from lightning_peft.models.output_head import (
     Forward,
     LogitTransform,
@@ -263,13 +264,8 @@ class CausalLM(FineTuningModule):
             kept = batch["attention_mask"][row].bool() if "attention_mask" in batch else torch.ones_like(ids).bool()
             if "labels" in batch and (batch["labels"][row] != IGNORED).any():
                 kept = kept & ((batch["labels"][row] != IGNORED).cumsum(0) == 0)
-            prompts.append({"input_ids": ids[kept].tolist()})
-        side, self.tokenizer.padding_side = self.tokenizer.padding_side, "left"
-        padded = self.tokenizer.pad(prompts, return_tensors="pt").to(self.device)
-        self.tokenizer.padding_side = side
-        options = {"pad_token_id": self.tokenizer.pad_token_id, **self.generation}
-        made = self.model.generate(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], **options)
-        return self.tokenizer.batch_decode(made[:, padded["input_ids"].shape[1] :], skip_special_tokens=True)
+            prompts.append(ids[kept].tolist())
+        return continuations(self, prompts, self.generation)
 
 
 def _last(hidden: Tensor, time: int) -> Tensor:

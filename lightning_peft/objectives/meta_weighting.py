@@ -44,6 +44,7 @@ from lightning_peft.models.causal_lm import CausalLM
 from lightning_peft.models.fine_tuning_module import StepTerms
 from lightning_peft.models.output_head import head_of, matrix_of, nll_through_head, replaced_forward
 from lightning_peft.models.pretrained import load_pretrained
+from lightning_peft.network_modes import evaluation_mode
 from lightning_peft.objectives.objective import Objective
 from lightning_peft.roles import inner_model
 from lightning_peft.when_built import is_sharded
@@ -344,7 +345,8 @@ class MetaTokenWeighting(Objective):
         stream = self.streams[name]
         base = {name: p.detach() for name, p in module.model.named_parameters() if name in self.names}
         theta = base if stream.adapted is None else {n: v.to(base[n].device) for n, v in stream.adapted.items()}
-        with _frozen_modes(module.model):
+        # With gradients to be had even in a validation loop.
+        with evaluation_mode(module.model), torch.inference_mode(False), torch.enable_grad():
             # A validation loop's tensors are inference tensors, of which nothing can be differentiated.
             documents = {key: value.clone() for key, value in batch["documents"].items()}
             with torch.set_grad_enabled(module.training):
@@ -448,19 +450,6 @@ def _predictions(module: Any, inputs: Batch) -> tuple[Tensor, Tensor, Tensor | N
         )
     rows = module.hidden_states(inputs).flatten(0, 1)[inputs["attention_mask"].flatten().bool()]
     return (rows, *matrix)
-
-
-@contextmanager
-def _frozen_modes(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode, with gradients to be had even in a validation loop; afterwards everything as it was."""
-    training = [part for part in network.modules() if part.training]
-    network.eval()
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 class MetaTokenWeightingMixin:

@@ -29,11 +29,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_peft.models.image_classifier import ImageClassifier
 from lightning_peft.models.sequence_classifier import IGNORED
 from lightning_peft.models.token_metrics import metric_of
+from lightning_peft.network_modes import evaluation_mode
 from lightning_peft.objectives.confusion_metrics import (
     COVERAGES,
     VALUES,
@@ -304,7 +305,6 @@ def predicted_classes(module: Any, rows: Any, collate_fn: Callable[[list[Any]], 
 def _evaluating(module: Any) -> Iterator[Callable[[Batch], tuple[Tensor, Tensor]]]:
     """Gives what makes features and logits of a batch, in evaluation mode and without drawing a random number."""
     trainer: Any = module.trainer
-    training: list[nn.Module] = [part for part in module.modules() if part.training]
     devices = [module.device] if module.device.type == "cuda" else []
 
     def features_of(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -312,13 +312,8 @@ def _evaluating(module: Any) -> Iterator[Callable[[Batch], tuple[Tensor, Tensor]
         with trainer.precision_plugin.forward_context():
             return module.features(moved)
 
-    module.eval()
-    try:
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield features_of
-    finally:
-        for part in training:
-            part.training = True
+    with evaluation_mode(module), torch.random.fork_rng(devices=devices), torch.no_grad():
+        yield features_of
 
 
 def _sum_of_ranks(module: Any, tensor: Tensor) -> Tensor:

@@ -18,19 +18,19 @@ p_0 comes from one of three places:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.delta import digest
 from lightning_peft.kernels import linear_kl
 from lightning_peft.models.causal_lm import IGNORED, CausalLM
 from lightning_peft.models.output_head import Forward, LogitTransform, head_of, matrix_of
+from lightning_peft.network_modes import adapters_disabled, evaluation_mode
 from lightning_peft.objectives.objective import HeadTerm, Objective, TrunkState
 
 if TYPE_CHECKING:
@@ -40,38 +40,6 @@ if TYPE_CHECKING:
 REFERENCES = ("frozen_copy", "adapter_disabled", "cached")
 DIRECTIONS = ("reverse", "forward")
 TERM = "reference_kl"
-
-
-@contextmanager
-def adapters_disabled(network: nn.Module) -> Iterator[None]:
-    """The network without its adapters. Nothing else changes: PEFT's own switch would reset `requires_grad`."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    layers: list[Any] = [m for m in network.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    prompts = isinstance(network, PeftModel) and network.peft_config[network.active_adapter].is_prompt_learning
-    try:
-        with network.disable_adapter() if prompts else nullcontext():
-            yield
-    finally:
-        for layer, value in zip(layers, before):
-            layer._disable_adapters = value
-
-
-@contextmanager
-def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode; afterwards each as it was."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def trained_beside_adapters(network: Any) -> list[str]:

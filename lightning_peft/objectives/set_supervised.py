@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.models.causal_lm import IGNORED, CausalLM
+from lightning_peft.network_modes import evaluation_mode
 from lightning_peft.objectives.objective import Objective
 
 if TYPE_CHECKING:
@@ -207,15 +208,9 @@ class SetSupervised(Objective):
 @contextmanager
 def _without_dropout(network: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; random numbers go on as if nothing had been."""
-    training = [part for part in network.modules() if part.training]
     device = next(network.parameters()).device
-    network.eval()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for part in training:
-            part.training = True
+    with evaluation_mode(network), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
 
 
 class SetSupervisedMixin:

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from lightning_peft.callbacks import PEFT
 from lightning_peft.datamodules import LookAheadDataLoader, ReferenceData
 from lightning_peft.models import CausalLM
+from lightning_peft.network_modes import adapters_disabled, evaluation_mode
 from lightning_peft.objectives import SelfConstrained, SelfConstrainedCausalLM
-from lightning_peft.objectives.self_constrained import adapters_disabled, evaluation_mode
 from tests.models.test_causal_lm import batch_of, counts_of, gradients, quiet_trainer, rows
 from tests.tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
