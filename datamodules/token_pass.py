@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_peft.datamodules.answers import cached_answers, evaluating, network_fingerprint
-from lightning_peft.datamodules.instruction_data import InstructionData
+from lightning_peft.datamodules.network_pass import NetworkPassData
 from lightning_peft.datamodules.sources import Source
 
 #: A tokenised row: its ids and its labels, of one length.
 TokenRow = tuple[list[int], list[int]]
 
 
-class TokenPassData(InstructionData):
+class TokenPassData(NetworkPassData):
     """Instruction data whose documents get further token columns from a network before it is trained.
-
-    The pass is made in `setup`, by all ranks, and kept in Parquet shards keyed by the network's weights, the tokens and
-    the settings: a killed run goes on where it stood, and a resumed one finds what the network it started from gave.
 
     Args:
         data: As for `InstructionData`.
@@ -36,8 +30,6 @@ class TokenPassData(InstructionData):
         ValueError: A stream, or there is no network to pass the rows through.
     """
 
-    #: The technique's folder in the cache.
-    cache_name = "token_pass"
     #: Splits that get the columns.
     passed_splits: tuple[str, ...] = ("train", "validation", "test")
 
@@ -49,15 +41,12 @@ class TokenPassData(InstructionData):
         shard_size: int = 64,
         **kwargs: Any,
     ) -> None:
-        super().__init__(data=data, **kwargs)
+        super().__init__(data=data, cache_dir=cache_dir, shard_size=shard_size, **kwargs)
         if self.streaming:
             raise ValueError(f"{type(self).__name__} passes over all rows before training: streaming=True has no end.")
-        if pass_batch_size < 1 or shard_size < 1:
-            raise ValueError(f"pass_batch_size={pass_batch_size} and shard_size={shard_size} must be at least 1.")
-        self.pass_batch_size, self.shard_size = pass_batch_size, shard_size
-        cache = cache_dir or os.environ.get("LIGHTNING_PEFT_CACHE") or Path.home() / ".cache" / "lightning_peft"
-        self.cache_dir = Path(cache).expanduser() / self.cache_name
-        self._fingerprint: str | None = None
+        if pass_batch_size < 1:
+            raise ValueError(f"pass_batch_size={pass_batch_size} must be at least 1.")
+        self.pass_batch_size = pass_batch_size
 
     # -- what a technique says ------------------------------------------------------------------------------------
 
@@ -77,10 +66,6 @@ class TokenPassData(InstructionData):
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
-    def prepare_data(self) -> None:
-        # The pass takes all ranks: it waits for `setup`. Here only what is downloaded is.
-        self._raw = self.read()
-
     def documents(self, split: str) -> Any:
         import datasets
 
@@ -93,29 +78,19 @@ class TokenPassData(InstructionData):
         return datasets.concatenate_datasets([made, columns], axis=1)
 
     def _passed(self, rows: list[TokenRow], split: str) -> list[dict[str, Any]]:
-        network, trainer = self._network(), self.trainer
-        device = trainer.strategy.root_device if trainer is not None else next(network.parameters()).device
-        with evaluating(network, device), torch.no_grad():
-            self._fingerprint = self._fingerprint or network_fingerprint(network)
+        def answer(network: Any, shard: list[list[int]], begin: int) -> list[dict[str, Any]]:
+            rank_zero_info(f"{self.cache_name}: {split} rows {begin} to {begin + len(shard)} of {len(rows)}")
+            return self.columns(network, rows[begin : begin + len(shard)], rows)
 
-            def answer(shard: list[list[int]], number: int) -> list[dict[str, Any]]:
-                begin = number * self.shard_size
-                rank_zero_info(f"{self.cache_name}: {split} rows {begin} to {begin + len(shard)} of {len(rows)}")
-                return self.columns(network, rows[begin : begin + len(shard)], rows)
+        return self.cached_pass([[*ids, *labels] for ids, labels in rows], answer, self.settings())
 
-            return cached_answers(
-                self.cache_dir,
-                [[*ids, *labels] for ids, labels in rows],
-                answer,
-                {"network": self._fingerprint, **self.settings()},
-                self.shard_size,
-                trainer.global_rank if trainer is not None else 0,
-                trainer.world_size if trainer is not None else 1,
-                trainer.strategy.barrier if trainer is not None else None,
-            )
+    def network(self) -> Any:
+        """The network in training.
 
-    def _network(self) -> Any:
-        network = None if self.trainer is None else getattr(self.trainer.lightning_module, "model", None)
+        Raises:
+            ValueError: There is none, or it is no language model.
+        """
+        network = super().network()
         if not isinstance(network, torch.nn.Module) or not hasattr(network, "get_output_embeddings"):
             raise ValueError(
                 f"{type(self).__name__} has no network to pass its rows through: train a CausalLM (or another module "
