@@ -25,10 +25,10 @@ class GeneratedAnswers(L.Callback):
     #: Names under which the scores are logged, behind "val_" or "test_".
     score_names: tuple[str, ...]
 
-    def __init__(self, questions: list[dict[str, Any]], batch_size: int = 8) -> None:
+    def __init__(self, questions: list[dict[str, str | Any]], batch_size: int = 8) -> None:
         if not questions or any("prompt" not in row or "answer" not in row for row in questions):
             raise ValueError("questions must be rows with 'prompt' and 'answer', at least one.")
-        # A YAML's "35" may arrive as a number.
+        # Unquoted in a YAML, 35 is a number.
         self.questions = [{**row, "answer": str(row["answer"])} for row in questions]
         self.batch_size = batch_size
 

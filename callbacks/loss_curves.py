@@ -25,14 +25,19 @@ class LossCurves(L.Callback):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1.")
         self.names, self.path, self.every_n_steps = names, path, every_n_steps
-        self.curves: dict[str, list[list[float]]] = {}  # name -> [[step, value], ...]
+        #: name -> [[step, value], ...]; a value stays on its device until it is drawn or saved.
+        self.curves: dict[str, list[list[Any]]] = {}
 
     @property
     def state_key(self) -> str:
         return self._generate_state_key(names=self.names, path=self.path)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"curves": self.curves}
+        return {"curves": self.values()}
+
+    def values(self) -> dict[str, list[list[float]]]:
+        """The curves so far, name -> [[step, value], ...]."""
+        return {name: [[step, float(value)] for step, value in points] for name, points in self.curves.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.curves = state_dict["curves"]
@@ -41,7 +46,7 @@ class LossCurves(L.Callback):
         for name, value in trainer.callback_metrics.items():
             wanted = name in self.names if self.names else ("loss" in name or "head_" in name)
             if wanted and name.startswith(prefix):
-                self.curves.setdefault(name, []).append([trainer.global_step, float(value)])
+                self.curves.setdefault(name, []).append([trainer.global_step, value.detach().clone()])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -58,7 +63,7 @@ class LossCurves(L.Callback):
         if not trainer.is_global_zero or not self.curves:
             return
         figure, axes = new_figure()
-        for name, points in sorted(self.curves.items()):
+        for name, points in sorted(self.values().items()):
             steps, values = zip(*points)
             axes.plot(steps, values, label=name, marker="o" if len(steps) < 3 or name.startswith("val_") else None)
         axes.set(xlabel="optimizer step", ylabel="loss (nats a token)")

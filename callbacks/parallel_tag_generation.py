@@ -87,7 +87,7 @@ class ParallelTagGeneration(GeneratedAnswers):
 
     def __init__(
         self,
-        questions: list[dict[str, Any]],
+        questions: list[dict[str, str | Any]],
         tags: int | list[str] = 6,
         tag_text: str = "{tag}\n",
         samples: int | None = None,

@@ -60,7 +60,7 @@ class QuestionAnswering(GeneratedAnswers):
 
     def __init__(
         self,
-        questions: list[dict[str, Any]],
+        questions: list[dict[str, str | Any]],
         prefix_match: bool = False,
         generation: dict[str, Any] | None = None,
         batch_size: int = 8,

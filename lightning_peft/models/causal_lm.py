@@ -141,10 +141,11 @@ class CausalLM(FineTuningModule):
             self._transform_checked = True
         terms = made[0]
         terms.outputs = outputs
-        for name, numerator in self.auxiliary_losses(batch, outputs).items():
+        auxiliary = self.auxiliary_losses(batch, outputs)
+        own_counts = self.counts(batch) if auxiliary else {}
+        for name, numerator in auxiliary.items():
             terms.loss = terms.loss + numerator / counts[name].clamp(min=1)
-            terms.sums[name] = numerator.detach()
-            terms.counts[name] = self.counts(batch)[name]
+            terms.sums[name], terms.counts[name] = numerator.detach(), own_counts[name]
         return terms
 
     def _watch_last_block(self, seen: dict[str, Any]) -> Any:
