@@ -60,6 +60,8 @@ def test_config_runs(path, networks):
 
     from lightning_peft.training_cli import FineTuningCLI
 
+    if "load_in_4bit" in path.read_text():
+        pytest.importorskip("bitsandbytes")
     class_path = yaml.safe_load(path.read_text())["model"]["class_path"]
     network = networks[import_object(class_path).auto_class]
     cli = FineTuningCLI(["fit", "--config", str(path), "--model.model", network, *SHORT])

@@ -284,6 +284,7 @@ def test_recomputed_activations_give_the_same_gradients():
 
 
 def test_on_a_base_in_four_bits():
+    pytest.importorskip("bitsandbytes")
     module = Foreign()
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     PEFT({"peft_type": "BOTTLENECK", "bottleneck": 4, "position": "both"}, quantization_config=nf4).attach(module)

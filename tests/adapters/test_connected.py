@@ -143,6 +143,7 @@ def test_recomputed_activations_give_the_same_gradients():
 
 
 def test_on_a_base_in_four_bits():
+    pytest.importorskip("bitsandbytes")
     module = Foreign(hidden=64)
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     callback = PEFT({"peft_type": "CONNECTED", "bottleneck": 4, "inside": 3}, quantization_config=nf4)

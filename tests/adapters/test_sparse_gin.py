@@ -221,6 +221,7 @@ def test_without_maps_or_with_a_cache_it_says_what_to_do():
 
 
 def test_it_trains_in_a_trainer_on_a_base_in_four_bits():
+    pytest.importorskip("bitsandbytes")
     module = Foreign()
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     callback = PEFT({"peft_type": "SPARSE_GIN", "hidden": 6, "scale_init": [0.0, 0.5]}, quantization_config=nf4)

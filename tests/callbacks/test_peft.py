@@ -234,6 +234,7 @@ def test_spawned_processes_are_refused():
 
 
 def test_bitsandbytes_precision_is_refused():
+    pytest.importorskip("bitsandbytes")
     from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 
     callback = PEFT(LORA)

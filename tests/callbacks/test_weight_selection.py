@@ -375,6 +375,7 @@ def test_a_checkpoint_of_another_choice_is_refused(tmp_path):
 
 
 def test_quantised_weights_are_refused():
+    pytest.importorskip("bitsandbytes")
     from lightning_peft.quantization import quantize
 
     for given in ({"load_in_4bit": True}, {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}):
