@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,8 +144,3 @@ def prefix_in(state: dict[str, Tensor], names: set[str]) -> str | None:
             if all(f"{prefix}{name}" in state for name in names):
                 return prefix
     return None
-
-
-def is_file_or_folder(path: Any) -> bool:
-    """Whether a path is there."""
-    return Path(str(path)).exists()

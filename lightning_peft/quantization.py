@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_peft.delta import digest, is_packed
@@ -129,10 +128,3 @@ def _converted(layer: Any, settings: Any) -> nn.Module:
     made.train(layer.training)
     made.__dict__["source_digest"] = digest(weight)
     return made.to(weight.device)  # it is this move that packs the weight
-
-
-def dequantized(layer: Any) -> torch.Tensor:
-    """The [out, in] weight that a 4-bit layer computes with."""
-    import bitsandbytes as bnb
-
-    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)

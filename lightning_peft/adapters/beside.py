@@ -10,6 +10,7 @@ network's matrices, so a base in 4 or 8 bits makes no difference.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -194,13 +195,13 @@ class BesideModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
     places: dict[str, Any]
 
+    @abstractmethod
     def find_places(self, config: Any, network: nn.Module) -> dict[str, Any]:
         """Name of each module to wrap -> what `adapter_for` and the layer are given."""
-        raise NotImplementedError
 
+    @abstractmethod
     def adapter_for(self, config: Any, place: Any) -> nn.Module:
         """A fresh adapter."""
-        raise NotImplementedError
 
     def layer_for(self, place: Any) -> type[BesideLayer]:
         """The class of the layer at a place."""
