@@ -274,7 +274,7 @@ def logits_of(
     rows = min(max(len(hidden) * len(weight) // 4, held), 4 * held) // len(weight)
     if chunk_rows is not None:
         held, rows = chunk_rows * len(weight), chunk_rows
-    if backend == "triton" or (backend == "auto" and _triton_serves(hidden, dtype)):
+    if backend == "triton" or (backend == "auto" and triton_serves(hidden, dtype)):
         try:
             from lightning_peft.kernels.triton_cross_entropy import TritonLogits
         except ImportError as missing:
@@ -289,7 +289,7 @@ def _triton_installed() -> bool:
     return find_spec("triton") is not None
 
 
-def _triton_serves(hidden: Tensor, dtype: torch.dtype) -> bool:
+def triton_serves(hidden: Tensor, dtype: torch.dtype) -> bool:
     """Whether "auto" is Triton: on a GPU with tensor cores for bf16 (Ampere on), where the package is installed."""
     if not hidden.is_cuda or dtype == torch.float64 or not _triton_installed():
         return False

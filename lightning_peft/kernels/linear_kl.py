@@ -4,12 +4,13 @@
     reverse: KL(p || q) = sum_j p_j (log p_j - log q_j),    d KL / d z_j = p_j (log p_j - log q_j - KL)
 
 with p the student's softmax of z, q the reference's. Companion of `linear_cross_entropy` for terms against a reference
-model. Plain torch on every device, CUDA too: with a frozen head it takes three products of the heads, as kept logits
-would, and a kernel of its own could save no more than passes over memory.
+model, with the same three backends. With a frozen head it takes three products of the heads, as kept logits would; the
+products are the BLAS library's in every backend, and Triton saves passes over the logits between them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,9 +31,8 @@ from lightning_peft.kernels.chunked_cross_entropy import (
     sub,
     wide,
 )
-from lightning_peft.kernels.linear_cross_entropy import check_head, logits_of
+from lightning_peft.kernels.linear_cross_entropy import BACKENDS, check_head, logits_of, triton_serves
 
-BACKENDS = ("auto", "torch", "reference")
 DIRECTIONS = ("forward", "reverse")
 
 
@@ -67,7 +67,7 @@ def linear_kl(
         temperature: Both sides' logits are divided by it, after the cap. The result is not multiplied by its square.
         softcap: Gemma's cap of the logits, on both sides.
         logit_scale: Factor on the logits, on both sides, before the cap.
-        backend: "auto" and "torch" are the same; "reference" is differentiable twice.
+        backend: "auto", "triton", "torch" or "reference" (differentiable twice).
         chunk_rows: How many rows' worth of logits are held at once; by default a few tens of megabytes.
 
     Raises:
@@ -75,7 +75,7 @@ def linear_kl(
         RuntimeError: On a second derivative through any backend but "reference".
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: linear_kl has {BACKENDS}; 'torch' runs on every device.")
+        raise ValueError(f"backend={backend!r} is not known: use one of {BACKENDS}.")
     if direction not in DIRECTIONS:
         raise ValueError(
             f"direction={direction!r}: use 'forward' for KL(reference || student) or 'reverse' for the other way round."
@@ -96,8 +96,8 @@ def linear_kl(
     reference = Reference(hidden_ref.detach(), weight_ref.detach(), bias_ref, logits_ref)
     if backend == "reference":
         return reference_divergences(hidden, weight, bias, reference, logits, direction, temperature)
-    wants_grad = torch.is_grad_enabled()
-    return RowDivergences.apply(hidden, weight, bias, reference, logits, direction, temperature, wants_grad)
+    wants_grad, steps = torch.is_grad_enabled(), steps_of(backend, hidden, logits.dtype)
+    return RowDivergences.apply(hidden, weight, bias, reference, logits, steps, direction, temperature, wants_grad)
 
 
 class Reference(NamedTuple):
@@ -115,51 +115,62 @@ class Reference(NamedTuple):
         return self.logits.into(z, h, w, b)
 
 
+class Steps(NamedTuple):
+    """What is done to logits between the products, by one backend."""
+
+    divergences_: Callable[..., Part]
+    gradient_: Callable[..., Tensor]
+
+
+def steps_of(backend: str, hidden: Tensor, dtype: torch.dtype) -> Steps:
+    """Those of the backend, which "auto" chooses as `linear_cross_entropy` does."""
+    if backend == "triton" or (backend == "auto" and triton_serves(hidden, dtype)):
+        try:
+            from lightning_peft.kernels import triton_kl
+        except ImportError as missing:
+            raise ImportError("backend='triton' needs the package triton: install it or use 'torch'.") from missing
+        triton_kl.check(hidden, dtype)
+        return Steps(triton_kl.divergences_, triton_kl.gradient_)
+    return Steps(divergences_, gradient_)
+
+
 class RowDivergences(torch.autograd.Function):
     """KL of rows for any upstream: a frozen head's gradient in the forward, else from logits made again."""
 
     @staticmethod
-    def forward(ctx, rows, weight, bias, reference, logits, direction, temperature, wants_grad):  # type: ignore[no-untyped-def]
+    def forward(ctx, rows, weight, bias, reference, logits, steps, direction, temperature, wants_grad):  # type: ignore[no-untyped-def]
         n, v, dtype = len(rows), len(weight), wide(rows)
         trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         d_rows = torch.empty_like(rows) if wants_grad and ctx.needs_input_grad[0] and not trained else None
         kl = torch.empty(n, dtype=dtype, device=rows.device)
-        parts, parts_ref = torch.empty(2, 2, n, 1, dtype=dtype, device=rows.device)  # each side's top and log total
+        sides = torch.empty(2, 2, n, 1, dtype=dtype, device=rows.device)  # student and reference; top and log total
         held, held_ref = Held(rows), Held(rows)
         with no_autocast(rows):
             w, b = weight.to(logits.dtype), cast(bias, logits.dtype)
             for part in even_slices(n, logits.held // v):
                 h = rows[part].to(logits.dtype)
                 z = logits.into(held.view(len(h), v), h, w, b)
-                slope = None if d_rows is None else logits.slope(z)
                 z_ref = reference.into(held_ref.view(len(h), v), part, slice(0, v))
-                log_softmax_(z, temperature, parts[:, part])
-                log_softmax_(z_ref, temperature, parts_ref[:, part])
-                gap = z_ref - z
-                kl[part] = gap.mul_(z_ref.exp() if direction == "forward" else -z.exp()).sum(dim=1)
+                known = z, z_ref, sides[:, :, part], kl[part]
+                dz = steps.divergences_(*known, logits, direction, temperature, d_rows is not None)
                 if d_rows is not None:
-                    dz = pull_(z, z_ref, kl[part], direction).div_(temperature)
-                    d_rows[part] = logits.before_cap(dz, slope) @ w
-        ctx.settings = (reference, logits, direction, temperature)
+                    d_rows[part] = dz @ w
+        ctx.settings = (reference, logits, steps, direction, temperature)
         if wants_grad:
-            ctx.save_for_backward(rows, weight, bias, kl, parts, parts_ref, d_rows)
+            ctx.save_for_backward(rows, weight, bias, kl, sides, d_rows)
         return kl
 
     @staticmethod
     def backward(ctx, g):  # type: ignore[no-untyped-def]
-        rows, weight, bias, kl, parts, parts_ref, d_kl = ctx.saved_tensors
-        reference, logits, direction, temperature = ctx.settings
+        rows, weight, bias, kl, sides, d_kl = ctx.saved_tensors
+        reference, logits, steps, direction, temperature = ctx.settings
         held_ref = Held(rows)
 
         def gradient(z: Tensor, tile: Tile) -> Tensor:
             logits.into(z, tile.h, tile.w, tile.b)
-            slope = logits.slope(z)
             z_ref = reference.into(held_ref.view(*z.shape), tile.rows, tile.columns)
-            for side, known in ((z, parts), (z_ref, parts_ref)):
-                top, log_total = known[:, tile.rows]
-                side.div_(temperature).sub_(top).sub_(log_total)
-            dz = pull_(z, z_ref, kl[tile.rows], direction).mul_((g[tile.rows] / temperature)[:, None])
-            return logits.before_cap(dz, slope)
+            known = z, z_ref, sides[:, :, tile.rows], kl[tile.rows], g[tile.rows]
+            return steps.gradient_(*known, logits, direction, temperature)
 
         with torch.no_grad(), no_autocast(rows):
             grads: Gradients = (None, None, None)
@@ -167,7 +178,39 @@ class RowDivergences(torch.autograd.Function):
                 grads = ((d_kl * g[:, None]).to(rows.dtype), None, None)
             else:
                 grads = logits.over_tiles(rows, weight, bias, ctx.needs_input_grad[:3], gradient)
-        return (*(once(grad, rows, weight, bias, g) for grad in grads), None, None, None, None, None)
+        return (*(once(grad, rows, weight, bias, g) for grad in grads), *[None] * 6)
+
+
+def divergences_(
+    z: Tensor,
+    z_ref: Tensor,
+    sides: Tensor,
+    kl: Tensor,
+    logits: Logits,
+    direction: str,
+    temperature: float,
+    pulled: bool,
+) -> Part:
+    """Of whole rows' logits [R, V]: their KL into `kl` [R], each side's softmax's parts into `sides` [2, 2, R, 1].
+
+    Returns d KL / d (h W^T), [R, V] in the products' dtype, if `pulled`. Uses up both buffers of logits.
+    """
+    slope = logits.slope(z) if pulled else None
+    log_softmax_(z, temperature, sides[0])
+    log_softmax_(z_ref, temperature, sides[1])
+    gap = z_ref - z
+    torch.sum(gap.mul_(z_ref.exp() if direction == "forward" else -z.exp()), dim=1, out=kl)
+    return logits.before_cap(pull_(z, z_ref, kl, direction).div_(temperature), slope) if pulled else None
+
+
+def gradient_(
+    z: Tensor, z_ref: Tensor, sides: Tensor, kl: Tensor, g: Tensor, logits: Logits, direction: str, temperature: float
+) -> Tensor:
+    """g_i d KL_i / d (h W^T) of a tile of logits [R, C], in the products' dtype. Uses up both buffers."""
+    slope = logits.slope(z)
+    for x, (top, log_total) in zip((z, z_ref), sides):
+        x.div_(temperature).sub_(top).sub_(log_total).clamp_min_(lowest(x))
+    return logits.before_cap(pull_(z, z_ref, kl, direction).mul_((g / temperature)[:, None]), slope)
 
 
 def log_softmax_(z: Tensor, temperature: float, parts: Tensor) -> None:
@@ -178,7 +221,12 @@ def log_softmax_(z: Tensor, temperature: float, parts: Tensor) -> None:
     top, log_total = parts
     torch.amax(z.div_(temperature), dim=1, keepdim=True, out=top)
     torch.log(z.sub_(top).exp().sum(dim=1, keepdim=True), out=log_total)
-    z.sub_(log_total)
+    z.sub_(log_total).clamp_min_(lowest(z))
+
+
+def lowest(log_p: Tensor) -> float:
+    """What stands for log 0 where the vocabulary is masked (a bias of -inf): the gap of two -inf would be nan."""
+    return torch.finfo(log_p.dtype).min / 4
 
 
 def pull_(log_p: Tensor, log_q: Tensor, kl: Tensor, direction: str) -> Tensor:
@@ -200,6 +248,7 @@ def reference_divergences(
             log_p = (logits.of(rows[part], weight, bias) / temperature).log_softmax(dim=1)
             z_ref = reference.logits.of(reference.rows[part], reference.weight, reference.bias)
             log_q = (z_ref / temperature).log_softmax(dim=1)
+        log_p, log_q = log_p.clamp_min(lowest(log_p)), log_q.clamp_min(lowest(log_q))
         if direction == "forward":
             return (log_q.exp() * (log_q - log_p)).sum(dim=1)
         return (log_p.exp() * (log_p - log_q)).sum(dim=1)
