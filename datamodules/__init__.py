@@ -31,9 +31,11 @@ _lazy = {
     "ShuffleDiscriminatedData": "shuffle_discriminator",
     "StandardLibraryCode": "standard_library_code",
     "StandardLibraryFaultPairs": "fault_pairs",
+    "StandardLibraryPairs": "text_pairs",
     "SymbolTuningData": "symbol_tuning",
     "SymbolTuningTransform": "symbol_tuning",
     "SymbolVocabulary": "symbol_tuning",
+    "TextPairData": "text_pairs",
 }
 __all__ = sorted(_lazy)
 

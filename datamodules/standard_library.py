@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import sys
 import sysconfig
 import warnings
 from functools import cache
@@ -93,3 +94,43 @@ def split_of_module(module: str, validation: float, test: float) -> str:
     """
     place = int.from_bytes(hashlib.sha256(f"{_SALT}:{module}".encode()).digest()[:8], "big") / 2**64
     return "test" if place < test else "validation" if place < test + validation else "train"
+
+
+def check_split(validation: float, test: float, max_examples: int | None) -> None:
+    """Raises for fractions that leave nothing to train on, and for less than one example."""
+    if not (validation >= 0 and test >= 0 and validation + test < 1):
+        raise ValueError(f"validation={validation} and test={test} must be fractions that add up to less than 1.")
+    if max_examples is not None and max_examples < 1:
+        raise ValueError(f"max_examples={max_examples} must be at least 1.")
+
+
+def functions_by_split(
+    validation: float, test: float, max_examples: int | None, max_chars: int, min_chars: int
+) -> dict[str, list[dict[str, str]]]:
+    """The functions as "train", "validation" and "test"; no module is on two sides, and empty splits are left out.
+
+    Args:
+        validation: Fraction of modules (about) held out for validation.
+        test: Fraction of modules (about) held out for test.
+        max_examples: Training rows at most, evenly over the library; the others keep their proportion.
+        max_chars: As for `standard_library_functions`.
+        min_chars: As there.
+
+    Raises:
+        ValueError: No function fits the limits.
+    """
+    splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": [], "test": []}
+    for row in standard_library_functions(max_chars, min_chars):
+        splits[split_of_module(row["module"], validation, test)].append(row)
+    train = len(splits["train"])
+    if not train:
+        raise ValueError(
+            f"no documented function of Python {sys.version_info[0]}.{sys.version_info[1]} has at most max_chars="
+            f"{max_chars} and a body of at least min_chars={min_chars} characters."
+        )
+    share = min(1.0, (max_examples or train) / train)
+    return {split: _evenly(rows, max(1, round(share * len(rows)))) for split, rows in splits.items() if rows}
+
+
+def _evenly(rows: list[dict[str, str]], n: int) -> list[dict[str, str]]:
+    return [rows[i * len(rows) // n] for i in range(min(n, len(rows)))]

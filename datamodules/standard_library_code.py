@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from lightning_peft.datamodules.instruction_data import InstructionData
-from lightning_peft.datamodules.standard_library import split_of_module, standard_library_functions
+from lightning_peft.datamodules.standard_library import check_split, functions_by_split
 
 
 class StandardLibraryCode(InstructionData):
@@ -57,10 +56,7 @@ class StandardLibraryCode(InstructionData):
             overlong=overlong,
             **kwargs,
         )
-        if not (validation >= 0 and test >= 0 and validation + test < 1):
-            raise ValueError(f"validation={validation} and test={test} must be fractions that add up to less than 1.")
-        if max_examples is not None and max_examples < 1:
-            raise ValueError(f"max_examples={max_examples} must be at least 1.")
+        check_split(validation, test, max_examples)
         self.instruction, self.max_examples = instruction, max_examples
         self.max_chars, self.min_chars = max_chars, min_chars
         self.fractions = (validation, test)
@@ -68,20 +64,11 @@ class StandardLibraryCode(InstructionData):
     def read(self) -> dict[str, Any]:
         import datasets
 
-        by_split: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "test": []}
-        for row in standard_library_functions(self.max_chars, self.min_chars):
-            by_split[split_of_module(row["module"], *self.fractions)].append(self._formatted(row))
-        train = len(by_split["train"])
-        if not train:
-            raise ValueError(
-                f"no documented function of Python {sys.version_info[0]}.{sys.version_info[1]} has at most max_chars="
-                f"{self.max_chars} and a body of at least min_chars={self.min_chars} characters."
-            )
-        share = min(1.0, (self.max_examples or train) / train)
+        validation, test = self.fractions
+        functions = functions_by_split(validation, test, self.max_examples, self.max_chars, self.min_chars)
         return {
-            split: datasets.Dataset.from_list(_evenly(rows, max(1, round(share * len(rows)))))
-            for split, rows in by_split.items()
-            if rows
+            split: datasets.Dataset.from_list([self._formatted(row) for row in rows])
+            for split, rows in functions.items()
         }
 
     def _formatted(self, row: dict[str, str]) -> dict[str, Any]:
@@ -93,7 +80,3 @@ class StandardLibraryCode(InstructionData):
                 ]
             }
         return {"prompt": row["prompt"], "completion": row["completion"]}
-
-
-def _evenly(rows: list[Any], n: int) -> list[Any]:
-    return [rows[i * len(rows) // n] for i in range(min(n, len(rows)))]

@@ -56,8 +56,8 @@ class Example:
         arguments: Arguments of the component; of a layer's config without its `peft_type`, for it runs through
             `callbacks.PEFT`.
         data: "tokens" (random ids with labels), "faults", "reasoning", "classes", "pairs", "images", "image_pairs",
-            "traces", "documents", "text", "wrong_text", "trace_text" or "document_text" (rows for a DataModule),
-            "none" (its own).
+            "traces", "documents", "text", "wrong_text", "trace_text", "document_text" or "pair_text" (rows for a
+            DataModule), "none" (its own).
         module_arguments: Further arguments of the module.
         trains: Regular expression of the names that training may change; everything else must not move.
         second: Arguments of a second callback of the class in the same run (for a layer, of `callbacks.PEFT`).
@@ -969,6 +969,24 @@ SHARED: tuple[Component, ...] = (
         "lightning_peft.datamodules.standard_library_code.StandardLibraryCode",
         "datamodule",
         Example(arguments={"max_examples": 36, "max_length": 512, "batch_size": 2}, data="none"),
+    ),
+    Component(
+        "lightning_peft.datamodules.text_pairs.TextPairData",
+        "datamodule",
+        Example("bert", "TextEncoder", arguments={"max_length": 32}, data="pair_text"),
+        {
+            "accumulation": "in-batch negatives are those of the micro-batch",
+            "drop-in": "a batch holds two texts a row; the suite's foreign modules read one",
+        },
+    ),
+    Component(
+        "lightning_peft.datamodules.text_pairs.StandardLibraryPairs",
+        "datamodule",
+        Example("bert", "TextEncoder", arguments={"max_examples": 36, "max_length": 64}, data="none"),
+        {
+            "accumulation": "in-batch negatives are those of the micro-batch",
+            "drop-in": "a batch holds two texts a row; the suite's foreign modules read one",
+        },
     ),
     Component("lightning_peft.kernels.linear_cross_entropy.linear_cross_entropy", "function"),
 )

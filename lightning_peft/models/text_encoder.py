@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.models.sequence_classifier import UnitModule
+from lightning_peft.models.fine_tuning_module import StepTerms
+from lightning_peft.models.retrieval_metrics import RetrievalRank
+from lightning_peft.models.sequence_classifier import IGNORED, UnitModule
+from lightning_peft.models.token_metrics import metric_of
 
 if TYPE_CHECKING:
     from lightning_peft.objectives.objective import Batch
@@ -20,7 +24,9 @@ class TextEncoder(UnitModule):
 
     Batches hold `query` and `document`, each a dictionary of `input_ids` and `attention_mask` [batch, time]; row i of
     the one belongs to row i of the other, every other document is a negative. Under DDP and FSDP the documents of all
-    ranks are negatives; micro-batches of an accumulation are not, which is what in-batch means.
+    ranks are negatives; micro-batches of an accumulation are not, which is what in-batch means. With `labels` [batch],
+    rows of -100 are neither learnt nor negatives. Validation and test log `{stage}_mrr@10`, `{stage}_recall@1` and
+    `{stage}_recall@10` among all documents of their data.
 
     Args:
         model: Hub name, folder, or a network that is already built.
@@ -59,16 +65,32 @@ class TextEncoder(UnitModule):
         return nn.functional.normalize(pooled, dim=-1)
 
     def count_units(self, batch: Batch) -> int:
-        return len(batch["query"]["input_ids"])
+        return len(batch["query"]["input_ids"]) if "labels" not in batch else int((batch["labels"] != IGNORED).sum())
 
     def logits_and_labels(self, batch: Batch) -> tuple[Tensor, Tensor, Any]:
         queries, documents = self.embed(batch["query"]), self.embed(batch["document"])
         labels = torch.arange(len(queries), device=queries.device)
+        counted = torch.ones_like(labels, dtype=torch.bool) if "labels" not in batch else batch["labels"] != IGNORED
+        vectors, negatives = {"query": queries, "document": documents}, counted
         if self._trainer is not None and self.trainer.world_size > 1:
             gathered = self.all_gather(documents, sync_grads=torch.is_grad_enabled())
-            documents = gathered.flatten(0, 1)
+            documents, negatives = gathered.flatten(0, 1), self.all_gather(counted).flatten(0, 1)
             labels = labels + self.trainer.global_rank * len(queries)
-        return queries @ documents.T / self.temperature, labels, {"query": queries, "document": documents}
+        similarity = queries @ documents.T / self.temperature
+        similarity = similarity.masked_fill(~negatives, torch.finfo(similarity.dtype).min)
+        return similarity, labels.masked_fill(~counted, IGNORED), vectors
+
+    def _evaluate(self, batch: Batch, stage: str, dataloader_idx: int) -> dict[str, StepTerms]:
+        made = super()._evaluate(batch, stage, dataloader_idx)
+        kept = made["terms"].units.index
+        queries, documents = (made["terms"].outputs[side][kept] for side in ("query", "document"))
+        for measure, k in (("mrr", 10), ("recall", 1), ("recall", 10)):
+            name = f"{stage}_{measure}@{k}"
+            key = f"{name}_{dataloader_idx}" if dataloader_idx else name
+            metric = metric_of(self, key, partial(RetrievalRank, measure, k))
+            metric.update(queries, documents)
+            self.log(name, metric, metric_attribute=f"metrics.{key}")
+        return made
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Unit vectors of `batch` (an ordinary tokenised batch, or its "query"), [batch, width]."""

@@ -149,8 +149,19 @@ def document_rows(n: int, start: int = 0) -> list[dict[str, Any]]:
     return [{"question": q, "answer": a, "document": f"{q} {a} yes no"} for q, a in pairs]
 
 
+def pair_rows(n: int, start: int = 0) -> list[dict[str, Any]]:
+    """Queries with their documents."""
+    return [{"query": row["prompt"], "document": row["completion"]} for row in text_rows(n, start)]
+
+
 #: Rows for data modules, by the registry's name of the kind.
-TEXTS = {"text": text_rows, "wrong_text": wrong_text_rows, "trace_text": trace_rows, "document_text": document_rows}
+TEXTS = {
+    "text": text_rows,
+    "wrong_text": wrong_text_rows,
+    "trace_text": trace_rows,
+    "document_text": document_rows,
+    "pair_text": pair_rows,
+}
 
 
 class Rows(L.LightningDataModule):
