@@ -67,7 +67,7 @@ class TextPairData(InstructionData):
                 f"the {split} rows have the columns {sorted(rows.column_names)} and lack {missing}: name yours with "
                 "query_column= and document_column=."
             )
-        settings = {"columns": self.columns, "prefixes": self.prefixes, "max_length": self.max_length}
+        settings: dict[str, Any] = {"columns": self.columns, "prefixes": self.prefixes, "max_length": self.max_length}
         key = f"{rows._fingerprint}:{tokenizer_fingerprint(self.tokenizer)}:{json.dumps(settings, sort_keys=True)}"
         made = rows.map(
             partial(tokenize_pair, tokenizer=self.tokenizer, **settings),
