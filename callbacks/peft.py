@@ -25,7 +25,7 @@ from lightning_peft.adapters.injection import (
 from lightning_peft.checkpoint import resumed_callback_state
 from lightning_peft.delta import base_digests, check_on_load, make_delta
 from lightning_peft.export import network_record
-from lightning_peft.quantization import quantization_settings, quantize
+from lightning_peft.quantization import keep_differentiable, quantization_settings, quantize
 from lightning_peft.when_built import forget, when_built
 
 
@@ -100,6 +100,7 @@ class PEFT(L.Callback):
         path = network_name(module, self.network)
         if self.quantization_config is not None:
             quantize(module.get_submodule(path), self.quantization_config)
+        keep_differentiable(module.get_submodule(path))  # it may have come quantised
         config = self._config()
         fresh = to_json(config) != adapters_of(module.get_submodule(path)).get(self.adapter_name)
         options = (self.adapter_name, path, self.modules_to_save, self.autocast_adapter_dtype)

@@ -74,9 +74,21 @@ def quantize(network: Any, given: dict[str, Any]) -> None:
             raise ValueError(f"{name} has no weights yet (meta device): load the network before it is quantised.")
         parent, _, own = name.rpartition(".")
         setattr(network.get_submodule(parent), own, _converted(layer, settings))
+    keep_differentiable(network)
     network.is_loaded_in_4bit, network.is_loaded_in_8bit = settings.load_in_4bit, settings.load_in_8bit
     if hasattr(network, "config"):
         network.config.quantization_config = settings
+
+
+def keep_differentiable(network: nn.Module) -> None:
+    """Keeps 4-bit layers on a CPU from packing their weights anew for inference at the first evaluation.
+
+    Where the CPU has AVX512-BF16, bitsandbytes does so in evaluation mode, and what is packed has no gradient: after a
+    validation every adapter would have `grad=None` and train no more.
+    """
+    for module in network.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def _skipped(network: nn.Module, settings: Any) -> set[str]:

@@ -301,3 +301,24 @@ def test_bert_for_a_task_that_is_given():
     assert any("pooler.modules_to_save" in n for n in trained)
     assert any("classifier.modules_to_save" in n for n in trained)
     assert isinstance(module.net, type(tiny_bert()))
+
+
+def test_a_4_bit_base_that_was_evaluated_still_trains_its_adapter():
+    """bitsandbytes packs layers anew in evaluation where the CPU has AVX512-BF16; what is packed has no gradient."""
+    pytest.importorskip("bitsandbytes")
+    gradients = []
+    for evaluated in (False, True):
+        L.seed_everything(0, verbose=False)
+        module = Foreign(hidden=64)
+        config = {**LORA, "init_lora_weights": False}
+        PEFT(config, quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}).attach(module)
+        if evaluated:
+            module.eval()
+            with torch.no_grad():
+                module.loss(next(iter(loader())))
+            module.train()
+        module.loss(next(iter(loader()))).backward()
+        gradients.append({name: p.grad for name, p in module.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=0, atol=0)
