@@ -139,17 +139,18 @@ class _Peak(L.Callback):
     """The resident set when the network is loaded, and its peak over the last of three steps."""
 
     def on_fit_start(self, *_: Any) -> None:
-        self.loaded = _resident("VmRSS")
+        self.loaded = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 
     def on_train_batch_end(self, made: L.Trainer, *_: Any) -> None:
-        self.peak = _resident("VmHWM")
+        self.peak = resident("VmHWM")
         states = [state for optimizer in made.optimizers for state in optimizer.state.values()]
         tensors = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         self.state = sum(value.numel() * value.element_size() for value in tensors)
 
 
-def _resident(what: str) -> int:
+def resident(what: str) -> int:
+    """Bytes of this process's resident set: "VmRSS" now, "VmHWM" at its peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(what))
     return int(line.split()[1]) * 1024
 

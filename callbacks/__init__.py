@@ -8,9 +8,14 @@ from typing import Any
 _lazy = {
     "AuxiliaryHeadCheckpoint": "concept_aware",
     "AuxiliaryHeadSchedule": "concept_aware",
+    "BitFit": "bitfit",
+    "ConceptAblation": "concept_ablation",
+    "DSEE": "dsee",
     "DeltaCheckpoint": "delta_checkpoint",
     "HalfFineTuning": "half_finetuning",
     "KaSA": "kasa",
+    "LayerFreezing": "layer_freezing",
+    "LoKI": "loki",
     "LossCurves": "loss_curves",
     "ModelStock": "model_stock",
     "PEFT": "peft",
@@ -21,6 +26,7 @@ _lazy = {
     "SelectiveLoRA": "selective_lora",
     "SliceFine": "slice_fine",
     "TokenWeightViewer": "token_weight_viewer",
+    "TransPEFT": "trans_peft",
     "WeightSelection": "weight_selection",
 }
 __all__ = sorted(_lazy)

@@ -17,6 +17,7 @@ _lazy = {
     "ContextualPromptTransform": "contextual",
     "FaultPairs": "fault_pairs",
     "InstructionData": "instruction_data",
+    "LearningNodeDistillation": "learning_nodes",
     "LongShortMixtureData": "long_short_mixture",
     "LookAheadDataLoader": "look_ahead",
     "LookAheadTransform": "look_ahead_tuning",

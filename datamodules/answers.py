@@ -13,27 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from lightning_peft.models.generation import left_padded
 from lightning_peft.network_modes import adapters_disabled, evaluation_mode
-
-
-def network_fingerprint(network: nn.Module) -> str:
-    """A hash of every parameter's and buffer's name, shape and (a sample of) values, and of the config.
-
-    At most 1,024 evenly spaced values a tensor: a training step changes nearly all of them.
-    """
-    made = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        values = tensor.detach().flatten()
-        values = values[:: max(1, values.numel() // 1024)].cpu()
-        values = values.double() if values.is_floating_point() else values.long()
-        made.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
-        made.update(values.numpy().tobytes())
-    return made.hexdigest()[:32]
 
 
 def prompt_ids(tokenizer: Any, prompt: str | list[dict[str, Any]], chat_template: str | None = None) -> list[int]:

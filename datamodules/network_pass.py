@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from lightning_peft.datamodules.answers import cached_answers, evaluating, network_fingerprint
+from lightning_peft.datamodules.answers import cached_answers, evaluating
 from lightning_peft.datamodules.instruction_data import InstructionData
 from lightning_peft.datamodules.sources import Source
+from lightning_peft.network_record import network_fingerprint
 
 
 class NetworkPassData(InstructionData):
@@ -69,13 +70,30 @@ class NetworkPassData(InstructionData):
         device = trainer.strategy.root_device if trainer is not None else next(network.parameters()).device
         with evaluating(network, device), torch.no_grad():
             self._fingerprint = self._fingerprint or network_fingerprint(network)
-            return cached_answers(
-                self.cache_dir,
+            return self.in_shards(
                 keys,
                 lambda shard, number: answer(network, shard, number * self.shard_size),
                 {"network": self._fingerprint, **settings},
-                self.shard_size,
-                trainer.global_rank if trainer is not None else 0,
-                trainer.world_size if trainer is not None else 1,
-                trainer.strategy.barrier if trainer is not None else None,
             )
+
+    def in_shards(
+        self, keys: list[Any], answer: Callable[[list[Any], int], list[dict[str, Any]]], settings: dict[str, Any]
+    ) -> list[dict[str, Any]]:
+        """What `answer` makes of every key, each shard made once, by one of the run's ranks.
+
+        Args:
+            keys: JSON values.
+            answer: Called with the keys of a shard and its number.
+            settings: Whatever the result depends on besides the keys, JSON.
+        """
+        trainer = self.trainer
+        return cached_answers(
+            self.cache_dir,
+            keys,
+            answer,
+            settings,
+            self.shard_size,
+            trainer.global_rank if trainer is not None else 0,
+            trainer.world_size if trainer is not None else 1,
+            trainer.strategy.barrier if trainer is not None else None,
+        )

@@ -1,4 +1,4 @@
-"""The command line: `lightning-peft fit|validate|test|predict|list|merge|export`.
+"""The command line: `lightning-peft fit|validate|test|predict|list|choose|select|merge|export`.
 
 Each command imports what it needs and no more, so that `list` and `--help` are quick.
 """
@@ -19,6 +19,8 @@ Fine-tuning papers as PyTorch Lightning callbacks, mixins and data modules.
   test       loss on test data       (the same)
   predict    text, classes or vectors (the same)
   list       the papers and what implements them
+  choose     a method for a task, a number of examples and a memory, with the rule and its paper
+  select     scores of a network's parts, from which a selection takes what trains
   merge      several fine-tuned checkpoints into one
   export     a training checkpoint into a folder that transformers or peft loads
 
@@ -47,7 +49,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"lightning-peft {__version__}")
     elif command == "list":
         _list(given[1:])
-    elif command in ("merge", "export"):
+    elif command in ("choose", "select", "merge", "export"):
         _call(command, given[1:])
     elif command in RUNS or command.startswith("-"):
         from lightning_peft.training_cli import FineTuningCLI
@@ -82,15 +84,25 @@ def _call(command: str, args: list[str]) -> None:
 
     from jsonargparse import ArgumentParser
 
-    module = {"merge": "lightning_peft.merging", "export": "lightning_peft.export"}[command]
-    function = getattr(importlib.import_module(module), command)
+    modules = {
+        "choose": "lightning_peft.choosing",
+        "select": "lightning_peft.selecting",
+        "merge": "lightning_peft.merging",
+        "export": "lightning_peft.export",
+    }
+    function = getattr(importlib.import_module(modules[command]), command)
     parser = ArgumentParser(prog=f"lightning-peft {command}", description=(function.__doc__ or "").split("\n\n")[0])
     parser.add_argument("-c", "--config", action="config", help="The same arguments from a YAML or JSON file.")
     parser.add_function_arguments(function)
     signature = inspect.signature(function).parameters
     lists = {name for name, parameter in signature.items() if "list[" in str(parameter.annotation)}
     config = parser.instantiate_classes(parser.parse_args(_gathered(args, lists)))
-    made = function(**{name: value for name, value in config.as_dict().items() if name in signature})
+    try:
+        made = function(**{name: value for name, value in config.as_dict().items() if name in signature})
+    except ValueError as wrong:
+        if command != "choose":
+            raise
+        parser.error(str(wrong))  # there is nothing in it but its arguments
     if made is not None:
         print(made)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 from typing import Any
@@ -144,3 +145,20 @@ def prefix_in(state: dict[str, Tensor], names: set[str]) -> str | None:
             if all(f"{prefix}{name}" in state for name in names):
                 return prefix
     return None
+
+
+def network_fingerprint(network: nn.Module) -> str:
+    """A hash of every parameter's and buffer's name, shape and (a sample of) values, and of the config.
+
+    At most 1,024 evenly spaced values a tensor: a training step changes nearly all of them.
+    """
+    made = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        if not isinstance(tensor, Tensor):
+            continue
+        values = tensor.detach().flatten()
+        values = values[:: max(1, values.numel() // 1024)].cpu()
+        values = values.double() if values.is_floating_point() else values.long()
+        made.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}".encode())
+        made.update(values.numpy().tobytes())
+    return made.hexdigest()[:32]

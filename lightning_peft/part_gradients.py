@@ -120,7 +120,7 @@ def _special(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _linear(x: Tensor, w: PartWeight, bias: Tensor | None, stored_in_out: bool) -> Tensor:
     w.used[0] = True
-    return PartLinear.apply(x, w.weight, bias, w.leaf, w.part, stored_in_out)
+    return PartLinear.apply(x, w.weight, _whole(bias), w.leaf, w.part, stored_in_out)  # of a bias a part may train too
 
 
 def _chosen(w: PartWeight, index: Any) -> Tensor | None:

@@ -256,7 +256,25 @@ TECHNIQUES: tuple[Technique, ...] = (
         "equal to the recursion by hand; gradient reaches the first block beside a detached network; no retrieval yet",
     ),
     Technique(17, "ConceptMoE: Adaptive Token-to-Concept Compression for Implicit Compute Allocation"),
-    Technique(18, "Steering Out-of-Distribution Generalization with Concept Ablation Fine-Tuning"),
+    Technique(
+        18,
+        "Steering Out-of-Distribution Generalization with Concept Ablation Fine-Tuning",
+        (
+            Component(
+                "lightning_peft.callbacks.concept_ablation.ConceptAblation",
+                "callback",
+                Example(
+                    arguments={"directions": "random", "layers": [0], "components": 3},
+                    second={"directions": "random", "layers": [1], "components": 2},
+                ),
+            ),
+            Component("lightning_peft.concepts.directions.activation_difference_pca", "function"),
+            Component("lightning_peft.concepts.directions.sae_decoder_directions", "function"),
+            Component("lightning_peft.concepts.directions.attribution_rank", "function"),
+        ),
+        "nothing along the directions in training's forward and backward; the good cue is learnt where the bad one is "
+        "ablated; PCA equals scikit-learn's",
+    ),
     Technique(
         19,
         "R-Tuning: Teaching Large Language Models to Refuse Unknown Questions",
@@ -275,7 +293,25 @@ TECHNIQUES: tuple[Technique, ...] = (
         "sure of just what the network knew, whatever the order; a tuned toy is surer of held-out facts it knows",
     ),
     Technique(20, "Error-driven Data-efficient Large Multimodal Model Tuning"),
-    Technique(21, "LoKI: Low-damage Knowledge Implanting of Large Language Models"),
+    Technique(
+        21,
+        "LoKI: Low-damage Knowledge Implanting of Large Language Models",
+        (
+            Component(
+                "lightning_peft.callbacks.loki.LoKI",
+                "callback",
+                Example(
+                    arguments={"quota": 20.0, "questions": [[5, 9, 30, 41], [7, 8], [60, 61, 62]]},
+                    trains=r"down_proj\.weight$",
+                ),
+                {"two": "two selections of the same weights refuse each other"},
+            ),
+            Component("lightning_peft.attribution.knowledge_vectors.attributions", "function"),
+            Component("lightning_peft.selecting.select", "function"),
+        ),
+        "attribution equals captum's and adds up; the lowest rows of every layer train alone; scores by command or "
+        "before the fit",
+    ),
     Technique(22, "KnowPrompt: Knowledge-aware Prompt-tuning with Synergistic Optimization for Relation Extraction"),
     Technique(23, "Parameter-Efficient Fine-Tuning for Foundation Models"),
     Technique(
@@ -430,13 +466,69 @@ TECHNIQUES: tuple[Technique, ...] = (
                     data="text",
                 ),
             ),
+            Component(
+                "lightning_peft.datamodules.learning_nodes.LearningNodeDistillation",
+                "datamodule",
+                # A generator that gives each request back: what is learnt is made of the requests' own words.
+                Example(
+                    arguments={
+                        "generator": "builtins.list",
+                        "nodes_request": "- {text}",
+                        "questions_request": "- {node} yes\n- {node} no",
+                        "solution_request": "the {question} \nAnswer: {node}",
+                        **{
+                            split: [{"text": f"{word} w{i}"} for i in range(n)]
+                            for split, word, n in (("data", "cat", 18), ("validation", "dog", 3), ("test", "mat", 6))
+                        },
+                    },
+                    data="none",
+                ),
+            ),
         ),
         "KL to the starting network equals F.kl_div both ways, from a copy, switched-off adapters or cached top k; "
-        "kills "
-        "keep the start",
+        "kills keep the start; texts become questions with worked answers in three passes that resume, losses told",
     ),
     Technique(53, "Fictitious Synthetic Data Can Improve LLM Factuality via Prerequisite Learning"),
-    Technique(54, "DSEE: Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models"),
+    Technique(
+        54,
+        "DSEE: Dually Sparsity-embedded Efficient Tuning of Pre-trained Language Models",
+        (
+            Component(
+                "lightning_peft.callbacks.dsee.DSEE",
+                "callback",
+                Example(
+                    arguments={"r": 4, "num_sparse": 8, "prune_after": 1, "sparsity": 0.3, "sparsity_others": 0.1},
+                    second={
+                        "r": 2,
+                        "num_sparse": 4,
+                        "target_modules": ["q_proj", "v_proj", "o_proj"],
+                        "positions": "magnitude",
+                        "prune": "structured",
+                        "prune_after": 1,
+                        "heads": 1,
+                        "adapter_name": "other",
+                    },
+                    trains=r"dsee_",
+                ),
+                {"teardown": "the adapter stays on the module, where validation and export need it"},
+            ),
+            Component(
+                "lightning_peft.adapters.dsee.DSEEConfig",
+                "layer",
+                Example(
+                    "gpt2",
+                    arguments={"r": 4, "num_sparse": 8, "positions": "random"},
+                    second={
+                        "config": {"peft_type": "DSEE", "r": 2, "num_sparse": 4, "prune": "none"},
+                        "adapter_name": "other",
+                    },
+                    trains=r"dsee_",
+                ),
+            ),
+            Component("lightning_peft.adapters.dsee_pruning.remove_heads", "function"),
+        ),
+        "S2's gradient is dW at its places; masks equal torch's pruning; stages survive kills; heads are cut for real",
+    ),
     Technique(55, "DART-Math: Difficulty-Aware Rejection Tuning for Mathematical Problem-Solving"),
     Technique(
         56,
@@ -507,7 +599,19 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(73, "Can we Constrain Concept Bottleneck Models to Learn Semantically Meaningful Input Features?"),
     Technique(74, "Low-Rank Continual Personalization of Diffusion Models"),
     Technique(75, "Enhancing the Reasoning Capabilities of Small Language Models via Solution Guidance Fine-Tuning"),
-    Technique(76, "Empirical Analysis of the Strengths and Weaknesses of PEFT Techniques for LLMs"),
+    Technique(
+        76,
+        "Empirical Analysis of the Strengths and Weaknesses of PEFT Techniques for LLMs",
+        (
+            Component(
+                "lightning_peft.callbacks.bitfit.BitFit",
+                "callback",
+                Example("gpt2", trains=r"\.bias$"),
+                {"two": "two selections of the same weights refuse each other"},
+            ),
+        ),
+        "BitFit: biases alone, and a task's head",
+    ),
     Technique(77, "TAIL: Task-specific Adapters for Imitation Learning with Large Pretrained Models"),
     Technique(
         78,
@@ -643,6 +747,19 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(
         88,
         "Adapt Once, Thrive with Updates: Transferable Parameter-Efficient Fine-Tuning on Evolving Base Models",
+        (
+            Component(
+                "lightning_peft.callbacks.trans_peft.TransPEFT",
+                "callback",
+                Example(arguments={"drop_probability": 0.3}),
+                {
+                    "two": "two would mask and drop the same parts; the second is refused",
+                    "accumulation": "every micro-batch draws what is dropped anew, as dropout does",
+                },
+            ),
+        ),
+        "masked neurons and dropped feed-forward parts equal the network without them; draws survive resume and "
+        "activation checkpointing",
     ),
     Technique(89, "DPTDR: Deep Prompt Tuning for Dense Passage Retrieval"),
     Technique(90, "Effectiveness of Data Augmentation for Parameter Efficient Tuning with Limited Data"),
@@ -874,7 +991,19 @@ TECHNIQUES: tuple[Technique, ...] = (
         ),
         "gates by the straight-through formula; closed blocks add exactly nothing; open ones are saved as plain LoRA",
     ),
-    Technique(118, "Exploring and Evaluating Personalized Models for Code Generation"),
+    Technique(
+        118,
+        "Exploring and Evaluating Personalized Models for Code Generation",
+        (
+            Component(
+                "lightning_peft.callbacks.layer_freezing.LayerFreezing",
+                "callback",
+                Example(arguments={"train": ["last_block"]}, trains=r"\.(layers|h)\.1\."),
+                {"two": "two selections of the same weights refuse each other"},
+            ),
+        ),
+        "embeddings and head, last block or any role by name in Llama, GPT-2, BERT, T5, ViT; tied heads train together",
+    ),
     Technique(119, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks"),
 )
 

@@ -180,6 +180,16 @@ def weights_by_role(network: nn.Module, need_blocks: bool = True) -> list[Weight
     return weights
 
 
+def has_tied_head(network: nn.Module | None) -> bool:
+    """Whether the output matrix is the embedding's own parameter; a network with neither has none."""
+    inner = None if network is None else inner_model(network)
+    if inner is None or not hasattr(inner, "get_output_embeddings"):
+        return False
+    head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+    weight = getattr(head, "weight", None)
+    return weight is not None and weight is getattr(embedding, "weight", None)
+
+
 def final_norm(network: nn.Module) -> nn.Module | None:
     """The norm between the last block and the head (an encoder-decoder's decoder's); `None` where there is none."""
     modules = dict(network.named_modules())

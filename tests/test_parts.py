@@ -112,6 +112,25 @@ def test_gradients_equal_the_whole_weights(kind, name):
     assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+@pytest.mark.parametrize("weight_too", [True, False])
+def test_entries_of_a_bias(kind, weight_too):
+    """Beside rows of the weight, as a row's neuron is trained, and alone."""
+    layer, whole = pair(kind)
+    rows = [4, 1]
+    of_bias = PartLeaf(layer, "bias", Part(0, rows))
+    part = Part(0 if kind == "Linear" else 1, rows)
+    of_weight = PartLeaf(layer, "weight", part) if weight_too else None
+    x = torch.randn(3, IN, dtype=torch.float64)
+    upstream = torch.randn(3, OUT, dtype=torch.float64)
+    layer(x).backward(upstream)
+    whole(x).backward(upstream)
+    torch.testing.assert_close(of_bias.leaf.grad, whole.bias.grad[rows], rtol=1e-12, atol=1e-12)
+    assert layer.bias.grad is None
+    if of_weight is not None:
+        torch.testing.assert_close(of_weight.leaf.grad, part.take(whole.weight.grad), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("alone", ["x", "bias", "leaf"])
 def test_each_gradient_alone(alone):
     layer, _ = pair("Linear")

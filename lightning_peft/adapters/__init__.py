@@ -44,6 +44,7 @@ class Tuner:
 TUNERS: tuple[Tuner, ...] = (
     Tuner("bottleneck", "lightning_peft.adapters.bottleneck", "BottleneckConfig", "BottleneckModel"),
     Tuner("connected", "lightning_peft.adapters.connected", "ConnectedAdapterConfig", "ConnectedAdapterModel"),
+    Tuner("dsee", "lightning_peft.adapters.dsee", "DSEEConfig", "DSEEModel"),
     Tuner("sparse_gin", "lightning_peft.adapters.sparse_gin", "SparseGINConfig", "SparseGINModel"),
     Tuner("special_tokens", "lightning_peft.adapters.special_tokens", "SpecialTokensConfig", "SpecialTokensModel"),
     Tuner(

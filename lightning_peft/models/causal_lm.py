@@ -36,7 +36,8 @@ class CausalLM(FineTuningModule):
     packed rows bring `position_ids` and `document_ids` (-1 is padding) instead of a mask, and documents do not see each
     other. An optional `weight` [batch] multiplies a row's tokens.
 
-    Logged: `train_loss`, `val_loss`, `val_perplexity`, `val_accuracy`, and every further term by its name.
+    Logged: `train_loss`, `val_loss`, `val_perplexity`, `val_accuracy`, and every further term by its name; where tokens
+    are weighted also `nll`, the loss without weights, and `weight`, the mean of the weights.
 
     Args:
         model: Hub name, folder, `.gguf` file, or a network that is already built.
@@ -206,7 +207,8 @@ class CausalLM(FineTuningModule):
                 loss = loss + factors[term.name] * term.nll.sum()
                 sums[term.name], sizes_of[term.name] = term.nll.detach().sum(), len(term.nll)
         if rule is not None:
-            sums["nll"], sizes_of["nll"] = units.nll[:own_rows].sum(), own_rows
+            sums["nll"], sums["weight"] = units.nll[:own_rows].sum(), weights[:own_rows].sum()
+            sizes_of["nll"] = sizes_of["weight"] = own_rows
         own = Rows(*(None if column is None else column[:own_rows] for column in units))  # type: ignore[arg-type]
         given = None if rule is None else weights[:own_rows]
         return StepTerms(loss, sums, sizes_of, own._replace(index=index[:own_rows]), given, per_row)

@@ -196,10 +196,7 @@ class FineTuningModule(L.LightningModule):
         """Every objective's further numerators, by term."""
         terms: dict[str, Tensor] = {}
         for objective in self.objectives:
-            for name, numerator in objective.auxiliary_losses(self, batch, outputs).items():
-                if name in terms:
-                    raise ValueError(f"two objectives add a term named {name!r}: give one of them another name.")
-                terms[name] = numerator
+            terms.update(objective.auxiliary_losses(self, batch, outputs))
         return terms
 
     @property
@@ -220,10 +217,20 @@ class FineTuningModule(L.LightningModule):
         """How many units (tokens, examples, pairs) the main loss of `batch` is a mean of."""
 
     def counts(self, batch: Batch) -> dict[str, int]:
-        """Denominators of a transformed batch, by term; "loss" is the main one."""
+        """Denominators of a transformed batch, by term; "loss" is the main one.
+
+        Raises:
+            ValueError: Two terms have one name.
+        """
         counts = {"loss": self.count_units(batch)}
         for objective in self.objectives:
-            counts.update(objective.counts(self, batch))
+            own = objective.counts(self, batch)
+            if taken := own.keys() & {*counts, "nll", "weight"}:
+                raise ValueError(
+                    f"{type(objective).__name__} adds a term named {min(taken)!r} and there is one already: two terms "
+                    "need two names, and an objective may stand in the list once."
+                )
+            counts.update(own)
         return counts
 
     def bind_loader(self, loader: Any) -> None:

@@ -10,10 +10,10 @@ import torch
 from lightning_peft.datamodules.answers import (
     cached_answers,
     generate_answers,
-    network_fingerprint,
     prompt_ids,
 )
 from lightning_peft.datamodules.self_distillation import SelfDistillationData
+from lightning_peft.network_record import network_fingerprint
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 WORDS = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k"]

@@ -26,6 +26,8 @@ from tests.models.test_causal_lm import counts_of, gradients, quiet_trainer
 from tests.tiny import VOCABULARY, tiny_tokenizer
 
 MIXINS = [component for _, component in components() if component.kind == "mixin" and component.example is not None]
+#: What the module itself sums of the main loss.
+MAIN = ("loss", "nll", "weight")
 #: What an example leaves to a run: outside of one, the number of steps is not known.
 OUTSIDE = {"ConceptAwareFineTuningMixin": {"heads_schedule": "constant"}}
 
@@ -176,8 +178,8 @@ def test_weights_multiply_and_terms_add_in_either_order(first, second):
     torch.testing.assert_close(weights, alone[0][2] * alone[1][2], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(further, alone[0][3] + alone[1][3], rtol=1e-4, atol=1e-5)
     assert counts == {**alone[0][4], **alone[1][4]}
-    own = {name: total for one in alone for name, total in one[0].sums.items() if name not in ("loss", "nll")}
-    same(own, {name: total for name, total in terms.sums.items() if name not in ("loss", "nll")})
+    own = {name: total for one in alone for name, total in one[0].sums.items() if name not in MAIN}
+    same(own, {name: total for name, total in terms.sums.items() if name not in MAIN})
 
 
 @pairs(by_hand=True)

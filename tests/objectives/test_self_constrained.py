@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -123,6 +124,37 @@ def test_adapters_switched_off_give_what_a_frozen_copy_gives(config, direction):
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
     for name, grad in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], grad, rtol=1e-4, atol=1e-6)
+
+
+def matrices() -> set[int]:
+    """Storages of all live tensors of the shape of the tiny network's embeddings and its head."""
+    gc.collect()
+    shape = tiny_llama().lm_head.weight.shape
+    live = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter) and one.shape == shape]
+    return {one.untyped_storage().data_ptr() for one in live if not one.is_meta}
+
+
+@pytest.mark.parametrize(("reference", "copies"), [("adapter_disabled", 1), ("frozen_copy", 2)])
+def test_adapters_switched_off_need_no_second_network(reference, copies, tmp_path):
+    before = matrices()
+    module = SelfConstrainedCausalLM(tiny_llama(), nsc_reference=reference, learning_rate=1e-2, lr_scheduler="constant")
+    trainer = quiet_trainer(tmp_path, max_steps=2, callbacks=[lora()])
+    seen: list[int] = []
+
+    def look(module, *_) -> None:
+        seen.append(len(matrices() - before))
+
+    # While the step runs too: gradients and moments are the adapters' alone, nothing else has the shape.
+    handle = module.model.lm_head.register_forward_hook(look)
+    trainer.fit(module, LookAheadDataLoader(rows(8), batch_size=4, collate_fn=batch_of))
+    handle.remove()
+    assert module.trainer.callback_metrics["train_reference_kl"] > 0
+    assert len(seen) >= 2
+    assert {*seen, len(matrices() - before)} == {2 * copies}  # embeddings and head
+    own = {id(p) for p in module.model.parameters()}
+    assert own == {id(p) for p in module.parameters()}
+    held = [one for one in vars(module.objectives[0]).values() if isinstance(one, (torch.Tensor, torch.nn.Module))]
+    assert len(held) == copies - 1
 
 
 def test_prompt_learning_is_switched_off_too():

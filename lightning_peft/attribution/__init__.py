@@ -1,0 +1,1 @@
+"""What a network's parts contribute: scores that selections are made from."""
