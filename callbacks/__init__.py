@@ -13,6 +13,7 @@ _lazy = {
     "DSEE": "dsee",
     "DeltaCheckpoint": "delta_checkpoint",
     "HalfFineTuning": "half_finetuning",
+    "IntrinsicDimension": "intrinsic_dimension",
     "KaSA": "kasa",
     "LayerFreezing": "layer_freezing",
     "LoKI": "loki",

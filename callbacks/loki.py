@@ -91,7 +91,8 @@ class LoKI(WeightSelection):
     def candidates(self, weights: list[Weight]) -> set[str]:
         downs = {w.name: w for w in down_weights(weights)}
         if not self._rows:
-            chosen = lowest_nodes([self._scores()[name] for name in downs], self.quota)
+            scores = self._scores()
+            chosen = lowest_nodes([scores[name] for name in downs], self.quota)
             self._rows = dict(zip(downs, chosen))
         for name, rows in self._rows.items():
             size = downs[name].shape[0 if downs[name].layout == "out_in" else 1] if name in downs else 0

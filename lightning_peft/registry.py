@@ -958,7 +958,25 @@ TECHNIQUES: tuple[Technique, ...] = (
         ),
         "vectors on special tokens alone, counted row by row; gradients by hand; loads in plain peft on four families",
     ),
-    Technique(114, "Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning"),
+    Technique(
+        114,
+        "Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning",
+        (
+            Component(
+                "lightning_peft.callbacks.intrinsic_dimension.IntrinsicDimension",
+                "callback",
+                Example(arguments={"d": 64}, trains=r"."),
+                {
+                    "two": "two selections of the same weights refuse each other",
+                    "fsdp2": "projects whole gradients of layers, which FSDP2 shards; refuses by name",
+                    "frozen": "every weight moves, by numbers that the optimizer holds in the weights' place",
+                },
+            ),
+            Component("lightning_peft.callbacks.intrinsic_dimension.apply_intrinsic", "function"),
+            Component("lightning_peft.search.intrinsic_dimension.d90", "function"),
+        ),
+        "Fastfood equals its factors' product; the numbers get projected gradients; a few kilobytes rebuild the network",
+    ),
     Technique(115, "TuneTables: Context Optimization for Scalable Prior-Data Fitted Networks"),
     Technique(
         116,

@@ -98,8 +98,8 @@ def inner_model(module: nn.Module) -> nn.Module:
     for wrapped in ("module", "_orig_mod"):
         if type(module).__name__ in ("DistributedDataParallel", "OptimizedModule") and wrapped in module._modules:
             return inner_model(getattr(module, wrapped))
-    peft = sys.modules.get("peft")
-    if peft is not None and isinstance(module, peft.PeftModel):
+    peft_model = getattr(sys.modules.get("peft"), "PeftModel", None)  # another thread may be importing peft
+    if peft_model is not None and isinstance(module, peft_model):
         return inner_model(module.get_base_model())
     if not _is_lightning(module):
         return module
