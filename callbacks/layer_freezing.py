@@ -67,11 +67,7 @@ class LayerFreezing(WeightSelection):
         for entry in self.train:
             if has_tied_head(self._module) and entry == "head":
                 continue  # it is the embedding, which is named too
-            belongs = _predicate(entry, weights)
-            found = {w.name for w in weights if belongs is not None and belongs(w)}
-            if not found:
-                raise ValueError(_unknown(entry, weights))
-            names |= found
+            names |= named_weights(entry, weights, "LayerFreezing: train")
         return names
 
     def _check_tie(self) -> None:
@@ -82,6 +78,24 @@ class LayerFreezing(WeightSelection):
                 f"LayerFreezing(train={list(self.train)}): this network's output matrix is its embedding (tied), so "
                 f"the two train together: add {other!r}, or load the network with tie_word_embeddings=False."
             )
+
+
+def named_weights(entry: str, weights: list[Weight], argument: str) -> set[str]:
+    """Names of the weights that `entry` means, as for `LayerFreezing`.
+
+    Args:
+        entry: A role, a block or a module.
+        weights: Those of the network.
+        argument: Who asks, for the message.
+
+    Raises:
+        ValueError: There are none; the message tells what there is.
+    """
+    belongs = _predicate(entry, weights)
+    found = {w.name for w in weights if belongs is not None and belongs(w)}
+    if not found:
+        raise ValueError(_unknown(entry, weights, argument))
+    return found
 
 
 def _predicate(entry: str, weights: list[Weight]) -> Callable[[Weight], bool] | None:
@@ -107,7 +121,7 @@ def _predicate(entry: str, weights: list[Weight]) -> Callable[[Weight], bool] | 
     return lambda w: re.search(rf"(^|\.){re.escape(entry)}(\.|$)", w.name) is not None
 
 
-def _unknown(entry: str, weights: list[Weight]) -> str:
+def _unknown(entry: str, weights: list[Weight], argument: str) -> str:
     plurals = {role: name for name, role in GROUPS.items()}
     roles = {w.role for w in weights}
     known = sorted(
@@ -121,7 +135,7 @@ def _unknown(entry: str, weights: list[Weight]) -> str:
         modules |= {".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)}
     close = difflib.get_close_matches(entry, [*known, *GROUPS, "last_block", *sorted(modules)], n=3)
     return (
-        f"LayerFreezing: train names {entry!r}, which nothing in this network is"
+        f"{argument} names {entry!r}, which nothing in this network is"
         + (f" (did you mean {' or '.join(map(repr, close))}?)" if close else "")
         + f". It has {', '.join(known)}"
         + (f"; {', '.join(blocks)}" if blocks else "; no transformer blocks")

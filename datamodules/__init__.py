@@ -15,6 +15,7 @@ _lazy = {
     "ChainVersionTransform": "long_short_mixture",
     "ContextualData": "contextual",
     "ContextualPromptTransform": "contextual",
+    "EditData": "edits",
     "FaultPairs": "fault_pairs",
     "InstructionData": "instruction_data",
     "LearningNodeDistillation": "learning_nodes",

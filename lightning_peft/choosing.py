@@ -115,7 +115,7 @@ def choose(
     if memory is not None and parameters is None:
         raise ValueError("memory is given without parameters: say the network's size too, such as parameters='7B'.")
     weights = None if parameters is None else _number(parameters)
-    passed_over = []
+    passed_over: list[str] = []
     for method, rule, paper in _in_order(task, examples, priority):
         each, callback = METHODS[method]
         needed = None if weights is None else each * weights / 1e9

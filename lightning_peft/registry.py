@@ -56,8 +56,8 @@ class Example:
         arguments: Arguments of the component; of a layer's config without its `peft_type`, for it runs through
             `callbacks.PEFT`.
         data: "tokens" (random ids with labels), "faults", "reasoning", "classes", "pairs", "images", "image_pairs",
-            "traces", "documents", "text", "wrong_text", "trace_text", "document_text" or "pair_text" (rows for a
-            DataModule), "none" (its own).
+            "traces", "documents", "text", "wrong_text", "trace_text", "document_text", "pair_text" or "edit_text"
+            (rows for a DataModule), "none" (its own).
         module_arguments: Further arguments of the module.
         trains: Regular expression of the names that training may change; everything else must not move.
         second: Arguments of a second callback of the class in the same run (for a layer, of `callbacks.PEFT`).
@@ -398,7 +398,43 @@ TECHNIQUES: tuple[Technique, ...] = (
         ),
         "matching of least cost, blind to the order of traces; tags become one-to-one with ways of reasoning on a toy",
     ),
-    Technique(34, "Fine-tuning Done Right in Model Editing"),
+    Technique(
+        34,
+        "Fine-tuning Done Right in Model Editing",
+        (
+            Component(
+                "lightning_peft.callbacks.localized_editing.LocalizedEditing",
+                "callback",
+                Example(arguments={"layers": [1], "modules": "down_proj"}, trains=r"layers\.1\.mlp\.down_proj\."),
+                {
+                    "two": "two selections of the same weights refuse each other",
+                    "teardown": "metrics that a weighted loss has logged stay, as any objective's do",
+                },
+            ),
+            Component(
+                "lightning_peft.callbacks.edit_evaluation.EditEvaluation",
+                "callback",
+                Example(
+                    arguments={
+                        "edits": [{"prompt": "a b", "target_new": "c", "rephrase": "b a", "locality": "d e"}],
+                        "max_new_tokens": 2,
+                    },
+                    second={"edits": [{"prompt": "a", "target_new": "b"}] * 2, "max_new_tokens": 2},
+                ),
+                {
+                    "drop-in": "needs a module with a tokenizer; refuses others by name",
+                    "manual": "needs a module with a tokenizer; refuses others by name",
+                },
+            ),
+            Component(
+                "lightning_peft.datamodules.edits.EditData",
+                "datamodule",
+                Example(arguments={"max_length": 32}, data="edit_text"),
+            ),
+            Component("lightning_peft.callbacks.localized_editing.sweep_locations", "function"),
+        ),
+        "one place by exact layer; learnt steps move nothing; breadth-first keeps edits that depth-first loses",
+    ),
     Technique(35, "Neural Prompt Search"),
     Technique(36, "Hateful Meme Detection through Context-Sensitive Prompting and Fine-Grained Labeling"),
     Technique(37, "Editable User Profiles for Controllable Text Recommendation"),
@@ -572,6 +608,8 @@ TECHNIQUES: tuple[Technique, ...] = (
     Technique(
         62,
         "Exploring Parameter-Efficient Fine-Tuning Techniques for Code Generation with Large Language Models",
+        (Component("lightning_peft.choosing.choose", "function"),),
+        "findings as rules of `lightning-peft choose`; its comparison at equal steps in benchmarks/code_generation.py",
     ),
     Technique(63, "TST^R: Target Similarity Tuning Meets the Real World"),
     Technique(64, "DELIFT: Data Efficient Language model Instruction Fine Tuning"),
@@ -609,8 +647,10 @@ TECHNIQUES: tuple[Technique, ...] = (
                 Example("gpt2", trains=r"\.bias$"),
                 {"two": "two selections of the same weights refuse each other"},
             ),
+            Component("lightning_peft.choosing.choose", "function"),
         ),
-        "BitFit: biases alone, and a task's head",
+        "BitFit: biases alone, and a task's head; findings as rules of `lightning-peft choose`; its comparison over "
+        "amounts of data in benchmarks/peft_table.py",
     ),
     Technique(77, "TAIL: Task-specific Adapters for Imitation Learning with Large Pretrained Models"),
     Technique(
@@ -975,7 +1015,7 @@ TECHNIQUES: tuple[Technique, ...] = (
             Component("lightning_peft.callbacks.intrinsic_dimension.apply_intrinsic", "function"),
             Component("lightning_peft.search.intrinsic_dimension.d90", "function"),
         ),
-        "Fastfood equals its factors' product; the numbers get projected gradients; a few kilobytes rebuild the network",
+        "Fastfood equals its factors' product; numbers get projected gradients; a few kilobytes rebuild the network",
     ),
     Technique(115, "TuneTables: Context Optimization for Scalable Prior-Data Fitted Networks"),
     Technique(

@@ -19,6 +19,7 @@ _lazy = {
     "DynamicFineTuning": "dynamic_fine_tuning",
     "DynamicFineTuningCausalLM": "dynamic_fine_tuning",
     "DynamicFineTuningMixin": "dynamic_fine_tuning",
+    "EditMean": "edit_mean",
     "FaultAware": "fault_aware",
     "FaultAwareCausalLM": "fault_aware",
     "FaultAwareMixin": "fault_aware",

@@ -154,6 +154,11 @@ def pair_rows(n: int, start: int = 0) -> list[dict[str, Any]]:
     return [{"query": row["prompt"], "document": row["completion"]} for row in text_rows(n, start)]
 
 
+def edit_rows(n: int, start: int = 0) -> list[dict[str, Any]]:
+    """Facts to be edited."""
+    return [{"prompt": row["prompt"], "target_new": row["completion"].strip()} for row in text_rows(n, start)]
+
+
 #: Rows for data modules, by the registry's name of the kind.
 TEXTS = {
     "text": text_rows,
@@ -161,6 +166,7 @@ TEXTS = {
     "trace_text": trace_rows,
     "document_text": document_rows,
     "pair_text": pair_rows,
+    "edit_text": edit_rows,
 }
 
 
