@@ -28,8 +28,8 @@ METHODS: dict[str, tuple[dict[str, Any] | None, float]] = {
     "untuned": (None, 0.0),
     "all weights": (None, 5e-5),
     "LoRA r 8": ({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, 1e-3),
-    "scattered adapters": ({"peft_type": "BOTTLENECK", "bottleneck": 64, "form": "sequential"}, 1e-3),
-    "connected, into layers": ({"peft_type": "CONNECTED", "bottleneck": 32, "inside": 32}, 1e-3),
+    "scattered adapters": ({"peft_type": "BOTTLENECK", "bottleneck": 64, "form": "sequential"}, 5e-4),
+    "connected, into layers": ({"peft_type": "CONNECTED", "bottleneck": 32, "inside": 32}, 5e-4),
     "connected, head alone": ({"peft_type": "CONNECTED", "bottleneck": 32, "inside": 32, "feeds": "head"}, 1e-3),
 }
 

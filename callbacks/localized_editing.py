@@ -163,7 +163,7 @@ def sweep_locations(
     for layer in layers:
         for name in modules:
             module = make_module()
-            callbacks = [LocalizedEditing(layer, name, loss_floor)]
+            callbacks: list[L.Callback] = [LocalizedEditing(layer, name, loss_floor)]
             L.Trainer(callbacks=callbacks, limit_val_batches=0, **{**quiet, **trainer}).fit(module, data)
             rows.append({"layer": layer, "module": name, **evaluate(module, make_module())})
     scores = [key for key in rows[0] if key not in ("layer", "module")] if rows else []
