@@ -26,7 +26,7 @@ MEASURES = ("val_mrr@10", "val_recall@1", "val_recall@10")
 #: PEFT config and learning rate: the best of 5e-4, 1e-3 and 2e-3 (all weights: 2e-5, 5e-5, 1e-4) on seed 9.
 METHODS: dict[str, tuple[dict[str, Any] | None, float]] = {
     "untuned": (None, 0.0),
-    "all weights": (None, 5e-5),
+    "all weights": (None, 2e-5),
     "LoRA r 8": ({"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}, 1e-3),
     "scattered adapters": ({"peft_type": "BOTTLENECK", "bottleneck": 64, "form": "sequential"}, 5e-4),
     "connected, into layers": ({"peft_type": "CONNECTED", "bottleneck": 32, "inside": 32}, 5e-4),
