@@ -13,6 +13,7 @@ _lazy = {
     "DSEE": "dsee",
     "DeltaCheckpoint": "delta_checkpoint",
     "EditEvaluation": "edit_evaluation",
+    "ExpertSpecialized": "expert_specialized",
     "HalfFineTuning": "half_finetuning",
     "IntrinsicDimension": "intrinsic_dimension",
     "KaSA": "kasa",

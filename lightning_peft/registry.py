@@ -1022,6 +1022,21 @@ TECHNIQUES: tuple[Technique, ...] = (
         116,
         "Let the Expert Stick to His Last: Expert-Specialized Fine-Tuning for Sparse Architectural "
         "Large Language Models",
+        (
+            Component(
+                "lightning_peft.callbacks.expert_specialized.ExpertSpecialized",
+                "callback",
+                Example(
+                    "mixtral",
+                    arguments={"top_p": 0.5, "probe": [[5, 9, 30, 41], [7, 8], [60, 61, 62]]},
+                    trains=r"mlp\.experts\.",
+                ),
+                {"two": "two selections of the same weights refuse each other"},
+            ),
+            Component("lightning_peft.attribution.expert_routing.routing_scores", "function"),
+            Component("lightning_peft.attribution.expert_routing.relevant_experts", "function"),
+        ),
+        "the published choice of experts from the published scores; the chosen train with their size in memory",
     ),
     Technique(
         117,

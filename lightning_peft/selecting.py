@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_peft.scores import save_scores
 
-METHODS = ("knowledge-vectors",)
+METHODS = ("knowledge-vectors", "expert-routing")
 
 
 def select(
@@ -28,14 +28,16 @@ def select(
 ) -> str:
     """Scores the parts of a network for a selection that trains some of them.
 
-    Stopped on the way, the same command goes on where it stood: shards stand beside the output until it is whole.
+    Stopped on the way, the same command goes on where it stood (of "knowledge-vectors", whose passes are many): shards
+    stand beside the output until it is whole.
 
     Args:
-        method: "knowledge-vectors" (LoKI's attribution of feed-forward neurons, paper 21).
+        method: "knowledge-vectors" (LoKI's attribution of feed-forward neurons, paper 21) or "expert-routing" (ESFT's
+            scores of experts, paper 116).
         model: Hub name, folder, GGUF file or "package:NAME/PATH".
-        data: Questions: a hub name, a path, or a list of rows, as for `InstructionData`.
+        data: Questions, or texts of the task: a hub name, a path, or a list of rows, as for `InstructionData`.
         output: The file of scores.
-        column: The column with the questions' texts, each ending where its answer begins.
+        column: The column with the texts; a question ends where its answer begins.
         split: The split of the data.
         limit: Questions at most, from the front.
         batch_size: Questions at once.
@@ -56,6 +58,7 @@ def select(
     import torch
     from tqdm import tqdm
 
+    from lightning_peft.attribution.expert_routing import routing_scores
     from lightning_peft.attribution.knowledge_vectors import question_scores
     from lightning_peft.datamodules.sources import read_rows
     from lightning_peft.models.pretrained import load_pretrained, load_tokenizer
@@ -79,7 +82,13 @@ def select(
         def progress(done: int) -> None:
             bar.update(done - bar.n)
 
-        scores = question_scores(network, questions, steps, baseline, batch_size, shards, progress=progress)
-    save_scores(output, scores, network, method, steps=steps, baseline=baseline, questions=len(questions), model=model)
-    shutil.rmtree(shards)
-    return f"{output}: scores of {len(scores)} weights from {len(questions)} questions"
+        if method == "expert-routing":
+            scores = routing_scores(network, questions, progress=progress)
+            settings: dict[str, Any] = {}
+        else:
+            scores = question_scores(network, questions, steps, baseline, batch_size, shards, progress=progress)
+            settings = {"steps": steps, "baseline": baseline}
+    save_scores(output, scores, network, method, questions=len(questions), model=model, **settings)
+    shutil.rmtree(shards, ignore_errors=True)
+    what = "routers" if method == "expert-routing" else "weights"
+    return f"{output}: scores of {len(scores)} {what} from {len(questions)} questions"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tiny import tiny_bert, tiny_llama, tiny_tokenizer, tiny_vit
+from tests.tiny import tiny_bert, tiny_llama, tiny_mixtral, tiny_tokenizer, tiny_vit
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
@@ -31,6 +31,7 @@ def networks(tmp_path_factory) -> dict[str, str]:
     """A folder with a tiny network and its tokenizer, by the class of transformers that reads it."""
     made = {
         "AutoModelForCausalLM": tiny_llama(layers=3, hidden=64),  # 4-bit blocks hold 64
+        "a mixture of experts": tiny_mixtral(layers=3, hidden=64),
         "AutoModelForSequenceClassification": tiny_bert(),
         "AutoModel": tiny_bert(head="BertModel"),
         "AutoModelForImageClassification": tiny_vit(image_size=224, patch_size=56, num_channels=3),
@@ -64,6 +65,8 @@ def test_config_runs(path, networks):
         pytest.importorskip("bitsandbytes")
     class_path = yaml.safe_load(path.read_text())["model"]["class_path"]
     network = networks[import_object(class_path).auto_class]
+    if "ExpertSpecialized" in path.read_text():
+        network = networks["a mixture of experts"]
     cli = FineTuningCLI(["fit", "--config", str(path), "--model.model", network, *SHORT])
     assert cli.trainer.global_step > 0
     assert math.isfinite(float(cli.trainer.callback_metrics["train_loss"]))

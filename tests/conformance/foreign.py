@@ -12,7 +12,13 @@ from torch.nn import functional as F
 
 from tests import tiny
 
-NETWORKS = {"llama": tiny.tiny_llama, "gpt2": tiny.tiny_gpt2, "bert": tiny.tiny_bert, "vit": tiny.tiny_vit}
+NETWORKS = {
+    "llama": tiny.tiny_llama,
+    "gpt2": tiny.tiny_gpt2,
+    "bert": tiny.tiny_bert,
+    "vit": tiny.tiny_vit,
+    "mixtral": tiny.tiny_mixtral,
+}
 
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def test_texts_become_questions_with_worked_answers(tmp_path):
 
 
 def test_what_is_left_out_is_told(tmp_path, caplog):
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         data_of(tmp_path).examples("train")
     assert (
         "train data: 1 questions on 1 nodes of 3 texts; left out: 1 texts without nodes, 1 nodes without questions, "
