@@ -233,10 +233,8 @@ class _Place:
     def ready(self) -> Any:
         """The projection and the starting values, where the weight is now."""
         device = self.weight.device
-        if self.start.device != device:
-            self.start = self.start.to(device)
-            self.projection = self.projection.to(device)
-        return self.projection
+        self.start = self.start.to(device)
+        return self.projection.to(device)
 
     @torch.no_grad()
     def refresh(self) -> None:

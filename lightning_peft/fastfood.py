@@ -65,7 +65,8 @@ class Fastfood:
         self.gaussian = torch.randn(blocks, self.n, generator=drawn).half()
         self.permutation = torch.rand(blocks, self.n, generator=drawn).argsort(dim=1).int()
         # S, and lengths over all D outputs
-        self.scale = 1 / (self.gaussian.float().norm(dim=1, keepdim=True) * math.sqrt(size))
+        length = self.gaussian.float().norm(dim=1, keepdim=True).clamp_min(1e-8)  # a block of one may be 0
+        self.scale = 1 / (length * math.sqrt(size))
 
     def to(self, device: torch.device) -> Fastfood:
         """On a device, in place."""

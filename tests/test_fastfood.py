@@ -94,3 +94,10 @@ def test_memory_does_not_grow_with_d():
     assert held(2**12) < 1.05 * held(2**6)
     with pytest.raises(ValueError, match=r"use projection='fastfood'"):
         Dense(20_000, 20_000, 0, "w")
+
+
+def test_one_number_projects_to_finite_weights():
+    """Blocks of one: a Gaussian number that rounds to 0 in half precision has no length to divide by."""
+    made = [Fastfood(1, 500_000, seed, "w") for seed in range(3)]
+    assert any(bool((p.gaussian == 0).any()) for p in made)
+    assert all(bool(p(torch.ones(1)).isfinite().all()) for p in made)

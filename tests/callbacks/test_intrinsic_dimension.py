@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_peft.callbacks import IntrinsicDimension
-from lightning_peft.callbacks.intrinsic_dimension import LAMBDAS, Z, _projected, apply_intrinsic
+from lightning_peft.callbacks.intrinsic_dimension import LAMBDAS, Z, _Place, _projected, apply_intrinsic
 from lightning_peft.fastfood import PROJECTIONS
 from lightning_peft.models import SequenceClassifier
 from tests.callbacks.test_half_finetuning import causal, copied, fit, trained
@@ -194,3 +194,10 @@ def test_too_few_numbers_for_the_scalars():
 def test_picture(tmp_path):
     fit(causal(tiny_llama()), IntrinsicDimension(64, picture=True), default_root_dir=tmp_path)
     assert (tmp_path / "intrinsicdimension.png").stat().st_size > 1000
+
+
+def test_the_projection_goes_where_the_weight_is_from_the_start():
+    """A network that is on a GPU before fit: its starting values are there, the projection is drawn on the CPU."""
+    owner = torch.nn.Linear(4, 3, device="meta")
+    place = _Place(owner, owner, "weight", "weight", PROJECTIONS["fastfood"](5, 12, 0, "weight"), None)
+    assert place.ready().signs.device == owner.weight.device
